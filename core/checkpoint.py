@@ -1,0 +1,183 @@
+"""Saving and restoring: Orbax does the writing, this file says what, when and what if it broke."""
+
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers as policies
+
+from core import partition
+from core.config import UserError
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  A checkpoint is the `TrainState` and a small JSON record (`extra`): the metrics of the logging
+  window that was open, so that a resumed run logs what the unbroken one would have.
+  """
+
+  def __init__(self, directory: pathlib.Path, options: ml_collections.ConfigDict | None = None):
+    """Opens `directory`.
+
+    Args:
+      directory: made when missing.
+      options: `config.checkpoint`: `keep` newest to keep; `best`, a metric such as
+        'validation/accuracy' whose best checkpoint is kept too ('' for none), with '-' before
+        the name when less is better. None opens for reading only.
+    """
+    self.directory = directory
+    keep = []
+    if options is not None:
+      keep.append(policies.LatestN(options.keep))
+      if options.best:
+        name, reverse = options.best.lstrip('-'), options.best.startswith('-')
+        keep.append(policies.BestN(get_metric_fn=lambda m: m[name], reverse=reverse, n=1,
+                                   keep_checkpoints_without_metrics=False))
+    self.best = options.best if options is not None else ''
+    self._manager = ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
+            enable_async_checkpointing=True, read_only=options is None,
+            create=options is not None),
+        item_handlers={'state': ocp.PyTreeCheckpointHandler(),
+                       'extra': ocp.JsonCheckpointHandler()})
+
+  def steps(self) -> list[int]:
+    """Steps of all finished checkpoints, oldest first."""
+    self._manager.reload()
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state, extra: dict[str, Any],
+           metrics: dict[str, float] | None = None) -> None:
+    """Starts saving in the background; the arrays are copied before this returns."""
+    if self.best and metrics is not None and self.best.lstrip('-') not in metrics:
+      raise UserError(f'config.checkpoint.best={self.best!r} is not a metric of this run; there '
+                      f'are {sorted(metrics)}')
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)),
+        metrics=metrics if self.best else None, force=True)
+
+  def wait(self) -> None:
+    """Blocks until what was started is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def restore(self, state_shape) -> tuple[Any, dict[str, Any]] | None:
+    """Reads the newest checkpoint that can be read, and moves unreadable newer ones aside.
+
+    Args:
+      state_shape: `TrainState` of `jax.ShapeDtypeStruct` with the shardings wanted now; they may
+        differ from those it was saved with.
+
+    Returns:
+      (state, extra), or None when there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint is of another model, or none of them can be read.
+    """
+    def read(step):
+      self._check_same_model(step, state_shape)
+      restored = self._manager.restore(step, args=ocp.args.Composite(
+          state=_restore_args(state_shape), extra=ocp.args.JsonRestore()))
+      return restored.state, restored.extra
+
+    found, damaged = self._newest(read)
+    for step in damaged:
+      self._set_aside(step)
+    return found
+
+  def restore_params(self, params_shape):
+    """Reads only what evaluation needs from the newest readable checkpoint.
+
+    Returns:
+      (parameters, step), the average of the parameters where one was kept; None when there is no
+      checkpoint. Raises like `restore`.
+    """
+    def read(step):
+      saved = self._manager.item_metadata(step)['state']
+      key = 'ema' if saved['ema'] is not None else 'params'
+      compare_shapes(_shapes(saved[key]), _shapes(params_shape), self._where(step))
+      return self._manager.restore(step, args=ocp.args.Composite(
+          state=_restore_args({key: params_shape}, partial=True))).state[key], step
+
+    return self._newest(read)[0]
+
+  def _newest(self, read) -> tuple[Any, list[int]]:
+    """Tries `read(step)` from the newest step down; returns its result and the steps that failed."""
+    damaged = []
+    for step in reversed(self.steps()):
+      problem, result = '', None
+      try:
+        result = read(step)
+      except UserError:
+        raise
+      except Exception as e:  # pylint: disable=broad-except
+        # Whatever a damaged file makes the reader say, the answer is the same: try an older one.
+        problem = f'{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ""}'
+      if not _any_process(bool(problem)):
+        return result, damaged
+      logging.warning('%s cannot be read (%s); trying the one before', self._where(step),
+                      problem or 'another process failed')
+      damaged.append(step)
+    if damaged:
+      raise UserError(f'{self.directory}: none of the checkpoints {damaged} can be read; train '
+                      'into another --workdir')
+    return None, []
+
+  def _set_aside(self, step: int) -> None:
+    """Frees the step's name for the run that reaches it again, without deleting anything."""
+    if jax.process_index() == 0:
+      aside = self.directory.parent / 'unreadable'
+      aside.mkdir(exist_ok=True)
+      target = aside / f'{step}-{len(list(aside.iterdir()))}'
+      (self.directory / str(step)).rename(target)
+      logging.warning('%s was moved to %s', self._where(step), target)
+    self._manager.reload()
+
+  def _where(self, step: int) -> str:
+    return f'checkpoint {step} in {self.directory}'
+
+  def _check_same_model(self, step: int, state_shape) -> None:
+    """Raises `UserError` naming the first parameters whose shapes differ from the saved ones."""
+    saved = self._manager.item_metadata(step)['state']
+    compare_shapes(_shapes(saved['params']), _shapes(state_shape.params), self._where(step))
+    if (saved['ema'] is None) != (state_shape.ema is None):
+      raise UserError(f'{self._where(step)} was saved {"without" if saved["ema"] is None else "with"}'
+                      ' a moving average of the parameters; set config.ema as it was')
+
+
+def _restore_args(shape, partial: bool = False):
+  return ocp.args.PyTreeRestore(
+      shape, restore_args=ocp.checkpoint_utils.construct_restore_args(shape),
+      partial_restore=partial)
+
+
+def _shapes(params) -> dict[str, tuple[int, ...]]:
+  return {partition.path_name(path): tuple(p.shape)
+          for path, p in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def compare_shapes(have: dict[str, tuple], want: dict[str, tuple], where: str,
+                   show: int = 3) -> None:
+  """Raises `UserError` when two parameter tables differ, naming the first differences."""
+  wrong = [f'{name}: {have.get(name, "missing")} there, {want.get(name, "not used")} in the model'
+           for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
+  if wrong:
+    more = f' and {len(wrong) - show} more' if len(wrong) > show else ''
+    raise UserError(f'{where} is of another model: {"; ".join(wrong[:show])}{more}')
+
+
+def _any_process(flag: bool) -> bool:
+  """Whether any process says so; all must take the same way through a restore."""
+  if jax.process_count() == 1:
+    return flag
+  from jax.experimental import multihost_utils  # only where there are several hosts
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

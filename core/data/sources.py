@@ -1,0 +1,382 @@
+"""Where examples come from: tfds data sets, embedded ones, and folders of images.
+
+`open_source` gives random access to dicts of numpy-friendly values. Images stay encoded bytes: they
+are decoded (`core.data.images.decode`) by the worker that also crops them. Sources can be pickled
+into data workers and read from many threads. TensorFlow is never imported.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import io
+import os
+import pathlib
+import re
+from typing import Any
+
+from absl import logging
+
+from core.config import UserError
+from core.data import images
+
+# Data sets that this project carries or renders itself: module and builder. They are prepared on
+# first use, into the same directory as everything of tfds.
+_EMBEDDED = {
+    'digits': ('core.data.datasets.digits', 'Digits'),
+}
+
+
+def open_source(name: str, split: str, *, data_dir: str | None = None,
+                features: tuple[str, ...] = ()) -> 'TfdsSource | FolderSource':
+  """Opens one split of a data set.
+
+  Args:
+    name: `digits` (embedded, prepared on first use), `tfds:NAME[/CONFIG][:VERSION]` or the same
+      without `tfds:` (prepared by `tfds build` in ArrayRecord format; the newest version unless
+      one is given), or `folder:PATH` (see `FolderSource`).
+    split: such as `train` or `test`; tfds splits may be sliced: `train[:98%]`.
+    data_dir: root of tfds data sets; by default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    features: keys that every example must have.
+
+  Returns:
+    A source: `len(source)`, `source[i]` -> dict, `source.class_names` (empty when unknown).
+
+  Raises:
+    UserError: the data set, split or feature does not exist or is not in a format we can read;
+      the message says what would be right.
+  """
+  if name.startswith('folder:'):
+    source = FolderSource(name.removeprefix('folder:'), split)
+  else:
+    source = _open_tfds(name.removeprefix('tfds:'), split, data_dir)
+  missing = [f for f in features if f not in source.features]
+  if missing:
+    raise UserError(f'data set {name!r} has no feature {", ".join(map(repr, missing))}; it has '
+                    f'{", ".join(source.features)}')
+  return source
+
+
+# --- tfds ----------------------------------------------------------------------------------------
+
+
+_KEEP_BYTES = 128 * 2**20  # On disk, all splits; about what a process then holds at most.
+
+
+class TfdsSource:
+  """One split of a data set that tfds prepared as ArrayRecord.
+
+  Values are as tfds gives them without TensorFlow (numpy arrays, Python numbers, bytes), except
+  that top-level images stay encoded bytes. Do not write into them: examples of small data sets are
+  kept in memory once read, because parsing them costs more than small images take to augment.
+
+  Attributes:
+    class_names: names of the feature `label`, or an empty list.
+    features: names of the top-level features.
+  """
+
+  def __init__(self, directory: str, split: str):
+    """Opens DIRECTORY = DATA_DIR/NAME[/CONFIG]/VERSION.
+
+    Raises:
+      UserError: the format is not ArrayRecord, or there is no such split, or it is empty.
+    """
+    import tensorflow_datasets as tfds  # A second to import: only those who read pay it.
+    self._directory, self._split = directory, split
+    builder = tfds.builder_from_directory(directory)
+    formats = sorted(f.value for f in builder.info.available_file_formats())
+    if 'array_record' not in formats:
+      raise UserError(
+          f'{directory} is prepared as {" and ".join(formats)}, which has no random access; '
+          'convert it in place with `python -m tensorflow_datasets.scripts.convert_format '
+          f'--dataset_version_dir={directory} --out_file_format=array_record` '
+          '(needs `pip install -e .[prepare]`)')
+    info_features = builder.info.features
+    self.features = tuple(sorted(info_features))
+    label = info_features['label'] if 'label' in info_features else None
+    self.class_names: list[str] = list(getattr(label, 'names', None) or [])
+    self._kept = {} if builder.info.dataset_size <= _KEEP_BYTES else None
+    decoders = {key: tfds.decode.SkipDecoding() for key, feature in info_features.items()
+                if type(feature) is tfds.features.Image}
+    try:
+      self._source = builder.as_data_source(
+          split, decoders=decoders, file_format='array_record')
+    except ValueError as e:
+      known = {s: info.num_examples for s, info in builder.info.splits.items()}
+      if 'Paths sequence' in str(e):
+        reason = 'is empty'
+      else:
+        reason = 'does not exist'
+      raise UserError(
+          f'split {split!r} of {directory} {reason}; it has '
+          + ', '.join(f'{s} ({n} examples)' for s, n in known.items())
+          + ', and slices such as train[:98%] or train[90%:]') from e
+
+  def __reduce__(self):
+    # A worker opens its own files; it needs nothing of ours but their place.
+    return TfdsSource, (self._directory, self._split)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if self._kept is None:
+      return self._source[index]
+    example = self._kept.get(index)
+    if example is None:  # Two threads may both read it: the same example, so no lock.
+      example = self._kept[index] = self._source[index]
+    return dict(example)
+
+  def __repr__(self) -> str:
+    return f'TfdsSource({self._directory!r}, {self._split!r})'
+
+
+_VERSION = re.compile(r'\d+\.\d+\.\d+')
+
+
+def _versions(directory: pathlib.Path) -> list[str]:
+  """Prepared versions in a directory, newest first (`incomplete.*` of a killed build is none)."""
+  found = [d.name for d in directory.iterdir()
+           if _VERSION.fullmatch(d.name) and (d / 'dataset_info.json').exists()]
+  return sorted(found, key=lambda v: tuple(map(int, v.split('.'))), reverse=True)
+
+
+def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
+  """Finds the directory of a data set (preparing an embedded one) and opens it."""
+  from etils import epath  # What tfds itself uses; it also reads gs:// directories.
+  match = re.fullmatch(r'([\w\-]+)(?:/([\w.\-]+))?(?::(\d+\.\d+\.\d+))?', name)
+  if not match:
+    raise UserError(f'data set {name!r} is not of the form NAME, NAME/CONFIG or '
+                    'NAME/CONFIG:1.0.0 (or folder:PATH)')
+  base, config, version = match.groups()
+  root = epath.Path(
+      data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+  if base in _EMBEDDED and not config:
+    return TfdsSource(prepare_embedded(base, root), split)
+
+  full = f'{base}/{config}' if config else base
+  build = (f'`tfds build {full} --file_format=array_record --data_dir={root}` '
+           '(needs `pip install -e .[prepare]`)')
+  if not root.is_dir():
+    raise UserError(f'data directory {root} does not exist (data_dir); prepare {full} with {build}')
+  if not (root / base).is_dir():
+    have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith('.')
+                  and d.name != 'downloads')
+    raise UserError(
+        f'no data set {base!r} in {root} (which has {", ".join(have[:20]) or "none"}; embedded: '
+        f'{", ".join(_EMBEDDED)}); prepare it with {build}')
+  directory = root / base
+  if config is None and not _versions(directory):
+    configs = sorted(d.name for d in directory.iterdir() if d.is_dir() and _versions(d))
+    if len(configs) > 1:
+      raise UserError(f'{directory} holds several configs; name one of '
+                      + ', '.join(f'{base}/{c}' for c in configs))
+    config = configs[0] if configs else None
+  if config is not None:
+    directory = directory / config
+  found = _versions(directory) if directory.is_dir() else []
+  if not found:
+    raise UserError(f'nothing prepared in {directory}; prepare it with {build}')
+  if version is not None and version not in found:
+    raise UserError(f'{directory} has no version {version}; it has {", ".join(found)}')
+  return TfdsSource(os.fspath(directory / (version or found[0])), split)
+
+
+def prepare_embedded(name: str, root: os.PathLike | str) -> str:
+  """Prepares an embedded data set if it is not there yet.
+
+  tfds writes into a temporary directory beside the target and renames it at the end: a killed
+  process leaves no half data set, and of two that prepare at once one is first and the other uses
+  its files.
+
+  Args:
+    name: one of the embedded data sets.
+    root: directory of tfds data sets.
+
+  Returns:
+    The directory of the prepared version.
+
+  Raises:
+    UserError: the directory cannot be written.
+  """
+  import tensorflow_datasets as tfds
+  module, cls = _EMBEDDED[name]
+  builder_cls = getattr(importlib.import_module(module), cls)
+  target = pathlib.Path(root) / name / str(builder_cls.VERSION)
+  if (target / 'dataset_info.json').exists():
+    return os.fspath(target)
+  tfds.disable_progress_bar()
+  try:
+    builder = builder_cls(data_dir=os.fspath(root), file_format='array_record')
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds prints; we log one line below.
+      builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+  except OSError as e:
+    # Renaming onto the finished directory of a faster process fails; its data is as good as ours.
+    if not (target / 'dataset_info.json').exists():
+      raise UserError(f'data set {name!r} cannot be written to {root}: {e}; give a directory that '
+                      'you may write to as data_dir or $TFDS_DATA_DIR') from e
+  logging.info('prepared data set %s in %s', name, target)
+  return os.fspath(target)
+
+
+# --- Folders of images ---------------------------------------------------------------------------
+
+_SPLIT_FOLDERS = {'train': ('train',), 'validation': ('validation', 'val'), 'test': ('test',)}
+
+
+class FolderSource:
+  """A user's own images, one folder a class.
+
+  Either PATH/{train,val or validation,test}/CLASS/**/IMAGE, or PATH/CLASS/**/IMAGE, which is split
+  80/10/10 by a hash of each file's path below PATH: adding images never moves others between
+  splits. Hidden files are ignored; files that are not whole images are skipped with one warning.
+  The folder is listed once a process.
+
+  Examples: `image` (encoded bytes), `label` (int), `id` (path below PATH).
+
+  Attributes:
+    class_names: the sorted names of the class folders (of `train`, where there are split folders).
+    features: `('image', 'label', 'id')`.
+    skipped: paths of files that were left out of this split.
+  """
+
+  features = ('image', 'label', 'id')
+
+  def __init__(self, path: str, split: str):
+    """Lists the split.
+
+    Raises:
+      UserError: no such folder or split, no image at all, or a class without images.
+    """
+    root = pathlib.Path(path).expanduser()
+    self._root = os.path.abspath(root)
+    self._split = {'val': 'validation'}.get(split, split)
+    if not root.is_dir():
+      raise UserError(f'folder:{path} is not a folder; give one with a subfolder of images for '
+                      'each class')
+    if self._split not in _SPLIT_FOLDERS:
+      raise UserError(f'split {split!r} of folder:{path} does not exist; valid: train, validation, '
+                      'test (slices such as train[:98%] need a tfds data set)')
+    listing = _list_folder(self._root)
+    self.class_names = list(listing.class_names)
+    if self._split not in listing.splits:
+      raise UserError(f'folder:{path} has no split {split!r}; it has '
+                      f'{", ".join(listing.splits)}')
+    self._files, self.skipped = listing.splits[self._split]
+    if not self._files:
+      raise UserError(f'split {split!r} of folder:{path} is empty; it needs more images, or '
+                      f'subfolders train, val and test')
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    path, label = self._files[index]
+    try:
+      data = pathlib.Path(self._root, path).read_bytes()
+    except OSError as e:
+      # The same error as for a broken image, so that a long run survives it the same way.
+      raise images.ImageError(f'{path}: {e.strerror}') from e
+    return {'image': data, 'label': label, 'id': path}
+
+  def __repr__(self) -> str:
+    return f'FolderSource({self._root!r}, {self._split!r})'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+  """A folder's classes, and for each split its good files (path, label) and the skipped paths."""
+  class_names: tuple[str, ...]
+  splits: dict[str, tuple[list[tuple[str, int]], list[str]]]
+
+
+@functools.lru_cache(maxsize=8)
+def _list_folder(root: str) -> _Listing:
+  """Walks a folder and looks at both ends of every file. Raises `UserError` (see above)."""
+  top = pathlib.Path(root)
+  layout = _split_folders(top)  # split -> class -> paths below root
+  if layout:
+    names = sorted(layout.get('train') or set().union(*layout.values()))
+    for split, by_class in layout.items():
+      if unknown := sorted(set(by_class) - set(names)):
+        raise UserError(f'{root}: split {split} has classes that train has not: '
+                        f'{", ".join(unknown[:5])}')
+    must_have = ['train'] if 'train' in layout else list(layout)
+  else:
+    by_class = {c.name: _walk(c, top) for c in _folders(top)}
+    names = sorted(by_class)
+    layout = {split: {c: [p for p in paths if _hash_split(p) == split]
+                      for c, paths in by_class.items()} for split in _SPLIT_FOLDERS}
+    must_have = list(layout)
+  if not any(paths for by_class in layout.values() for paths in by_class.values()):
+    raise UserError(f'{root} holds no images; it needs a subfolder of '
+                    f'{", ".join(sorted(images.EXTENSIONS))} files for each class')
+
+  splits, seen, index = {}, set(), {name: i for i, name in enumerate(names)}
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # Listing waits for the disk.
+    for split, by_class in layout.items():
+      files = [(p, index[c]) for c in sorted(by_class) for p in sorted(by_class[c])]
+      looks = list(pool.map(lambda file: _looks_good(top / file[0]), files))
+      good = [file for file, ok in zip(files, looks) if ok]
+      splits[split] = (good, [path for (path, _), ok in zip(files, looks) if not ok])
+      seen.update(names[label] for _, label in good if split in must_have)
+  if skipped := [path for _, paths in splits.values() for path in paths]:
+    logging.warning('%s: skipped %d files that are not whole images: %s%s', root, len(skipped),
+                    ', '.join(skipped[:5]), ', ...' if len(skipped) > 5 else '')
+  if empty := [name for name in names if name not in seen]:
+    raise UserError(f'{root}: class {", ".join(map(repr, empty[:5]))} has no images'
+                    f'{" in train" if must_have == ["train"] else ""}; remove the folder or fill it')
+  return _Listing(tuple(names), splits)
+
+
+def _split_folders(top: pathlib.Path) -> dict[str, dict[str, list[str]]]:
+  """Finds PATH/{train,val,...}/CLASS; empty when PATH holds the classes themselves."""
+  layout = {}
+  for split, names in _SPLIT_FOLDERS.items():
+    # A class may well be called "test": a split folder is one with folders in it.
+    found = [top / n for n in names if (top / n).is_dir() and _folders(top / n)]
+    if len(found) > 1:
+      raise UserError(f'{top} has both {" and ".join(f.name for f in found)}; keep one of them')
+    if found:
+      layout[split] = {c.name: _walk(c, top) for c in _folders(found[0])}
+  return layout
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
+
+
+def _walk(folder: pathlib.Path, root: pathlib.Path) -> list[str]:
+  """Paths below `root`, with forward slashes, of the images anywhere in a class folder."""
+  found = []
+  for directory, names, files in os.walk(folder, followlinks=True):
+    names[:] = [n for n in names if not n.startswith('.')]
+    found += [pathlib.Path(directory, f).relative_to(root).as_posix() for f in files
+              if not f.startswith('.') and os.path.splitext(f)[1].lower() in images.EXTENSIONS]
+  return found
+
+
+def _hash_split(path: str) -> str:
+  """80/10/10 by the hash of a path."""
+  bucket = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], 'big') % 10
+  return 'train' if bucket < 8 else 'validation' if bucket == 8 else 'test'
+
+
+def _looks_good(path: pathlib.Path) -> bool:
+  """Looks at both ends of a file, and at all of it only when they leave doubt."""
+  try:
+    with path.open('rb') as f:
+      head = f.read(16)
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(0, size - images.TAIL))
+      if images.looks_complete(head, f.read(), size):
+        return True
+      if images.kind(head) is None:
+        return False
+      f.seek(0)
+      return images.is_complete(f.read())
+  except OSError:
+    return False

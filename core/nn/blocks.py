@@ -1,0 +1,261 @@
+"""Transformer blocks, and the loop that runs a stack of them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from core import partition
+from core.nn import attention
+
+ACTIVATIONS = {
+    # The JAX ViT code uses the tanh form, BERT and torch ports the exact one.
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_erf': functools.partial(jax.nn.gelu, approximate=False),
+    # Image GPT section 2: x * sigmoid(1.702 x), from OpenAI's code.
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'relu': jax.nn.relu,
+}
+
+_REMAT_POLICIES = {
+    # Keep nothing but a block's input.
+    'full': None,
+    # Keep the results of matrix products with parameters, compute the rest again.
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
+  """LayerNorm with float32 statistics and logically named parameters."""
+  return nn.LayerNorm(
+      epsilon=epsilon, dtype=dtype, name=name,
+      scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
+
+
+class MlpBlock(nn.Module):
+  """Dense, activation, dropout, Dense, dropout (ViT section 3.1, the public code's MlpBlock).
+
+  Attributes:
+    mlp_dim: hidden width.
+    activation: a key of `ACTIVATIONS`.
+    dtype: computation dtype.
+    dropout_rate: after the activation and after the second layer.
+    hidden_dropout: whether to drop after the activation too; BERT does not.
+    kernel_init: initializer of both kernels.
+    bias_init: initializer of both biases.
+  """
+  mlp_dim: int
+  activation: str = 'gelu_tanh'
+  dtype: Any = jnp.float32
+  dropout_rate: float = 0.0
+  hidden_dropout: bool = True
+  kernel_init: Callable = nn.initializers.xavier_uniform()
+  bias_init: Callable = nn.initializers.normal(1e-6)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps `[..., width]` to `[..., width]`."""
+    def dense(features, names, name):
+      return nn.Dense(
+          features, dtype=self.dtype, name=name,
+          kernel_init=nn.with_logical_partitioning(self.kernel_init, names),
+          bias_init=nn.with_logical_partitioning(self.bias_init, names[1:]))
+
+    dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
+    hidden = dense(self.mlp_dim, ('embed', 'mlp'), 'Dense_0')(x)
+    hidden = partition.constrain(hidden, ('batch', 'length', 'mlp'))
+    hidden = ACTIVATIONS[self.activation](hidden)
+    if self.hidden_dropout:
+      hidden = dropout(hidden)
+    return dropout(dense(x.shape[-1], ('mlp', 'embed'), 'Dense_1')(hidden))
+
+
+class TransformerBlock(nn.Module):
+  """Self-attention, optional cross-attention and an MLP, each around a residual.
+
+  With norm='pre' a branch is x + f(LN(x)) (ViT, Image GPT); with 'post' it is LN(x + f(x))
+  (Transformer, BERT). The parameters carry the public linen names: `LayerNorm_i`,
+  `MultiHeadDotProductAttention_i` and `MlpBlock_0`, numbered in the order of the branches.
+
+  Attributes:
+    heads: attention heads.
+    mlp_dim: hidden width of the MLP.
+    norm: 'pre' or 'post'.
+    cross: whether there is a cross-attention branch between self-attention and MLP.
+    causal: whether self-attention hides the future.
+    head_dim: size of a head; by default width / heads.
+    activation: a key of `ACTIVATIONS`.
+    epsilon: of the layer norms: 1e-6 in flax, 1e-5 in torch, 1e-12 in BERT.
+    dtype: computation dtype.
+    dropout_rate: dropout of each branch's output and inside the MLP.
+    attention_dropout_rate: dropout of the attention weights.
+    hidden_dropout: whether the MLP drops after its activation.
+    use_bias: whether the attention projections have biases.
+    kernel_init: initializer of all kernels.
+    mlp_bias_init: initializer of the MLP's biases.
+  """
+  heads: int
+  mlp_dim: int
+  norm: str = 'pre'
+  cross: bool = False
+  causal: bool = False
+  head_dim: int | None = None
+  activation: str = 'gelu_tanh'
+  epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+  dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
+  hidden_dropout: bool = True
+  use_bias: bool = True
+  kernel_init: Callable = nn.initializers.xavier_uniform()
+  mlp_bias_init: Callable = nn.initializers.normal(1e-6)
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      *,
+      mask: jax.Array | None = None,
+      memory: jax.Array | None = None,
+      memory_mask: jax.Array | None = None,
+      train: bool = False,
+  ) -> jax.Array:
+    """Runs the block.
+
+    Args:
+      x: `[batch, length, width]`.
+      mask: bool, broadcastable to `[batch, heads, length, length]`, True lets a query see a key;
+        a padding mask is `[batch, 1, 1, length]`.
+      memory: `[batch, memory_length, memory_width]`, what cross-attention reads.
+      memory_mask: bool, broadcastable to `[batch, heads, length, memory_length]`.
+      train: switches dropout on, drawn from the rng 'dropout'.
+
+    Returns:
+      `[batch, length, width]` in `dtype`.
+    """
+    if self.norm not in ('pre', 'post'):
+      raise ValueError(f"norm={self.norm!r}: expected 'pre' or 'post'")
+    if self.cross != (memory is not None):
+      raise ValueError(f'a block with cross={self.cross} was called '
+                       f'{"without" if self.cross else "with"} memory')
+    drop = nn.Dropout(self.dropout_rate, deterministic=not train)
+
+    def attend(index, x, *args, **kwargs):
+      return drop(attention.MultiHeadAttention(
+          heads=self.heads, head_dim=self.head_dim, dtype=self.dtype, use_bias=self.use_bias,
+          dropout_rate=self.attention_dropout_rate, kernel_init=self.kernel_init,
+          name=f'MultiHeadDotProductAttention_{index}')(x, *args, train=train, **kwargs))
+
+    def mlp(x):
+      return MlpBlock(
+          mlp_dim=self.mlp_dim, activation=self.activation, dtype=self.dtype,
+          dropout_rate=self.dropout_rate, hidden_dropout=self.hidden_dropout,
+          kernel_init=self.kernel_init, bias_init=self.mlp_bias_init,
+          name='MlpBlock_0')(x, train=train)
+
+    branches = [lambda x: attend(0, x, mask=mask, causal=self.causal)]
+    if self.cross:
+      branches.append(lambda x: attend(1, x, memory, mask=memory_mask))
+    branches.append(mlp)
+
+    x = x.astype(self.dtype)
+    for i, branch in enumerate(branches):
+      norm = layer_norm(self.epsilon, self.dtype, f'LayerNorm_{i}')
+      x = x + branch(norm(x)) if self.norm == 'pre' else norm(x + branch(x))
+      x = partition.constrain(x, ('batch', 'length', 'embed'))
+    return x
+
+
+def run_blocks(
+    make_block: Callable[..., nn.Module],
+    depth: int,
+    x: jax.Array,
+    *,
+    prefix: str,
+    scan: bool = False,
+    remat: str = 'none',
+    train: bool = False,
+    **inputs: jax.Array | None,
+) -> jax.Array:
+  """Runs `depth` blocks of equal shape one after the other; call it inside a compact module.
+
+  Unrolled, the blocks are `{prefix}_{i}`. Scanned, there is one set of parameters `{prefix}` whose
+  arrays are stacked on axis 0 with the logical name 'layers': the compiler sees one block, which
+  for deep models compiles many times faster. Both give the same outputs for the same weights (see
+  `stack_layers`); dropout draws differ. What blocks sow is stacked like the parameters.
+
+  Args:
+    make_block: makes a block from the keyword argument `name`.
+    depth: number of blocks.
+    x: what flows through the blocks, `[batch, length, width]`.
+    prefix: name of the blocks' parameters.
+    scan: whether to compile one block and loop, or all of them.
+    remat: 'none', 'full' (keep only the blocks' inputs for the backward pass) or 'dots' (also keep
+      the products with parameters).
+    train: passed to every block.
+    **inputs: arrays (or None) that every block gets alike, such as masks and memory.
+
+  Returns:
+    the last block's output.
+  """
+  if remat != 'none' and remat not in _REMAT_POLICIES:
+    raise ValueError(f'remat={remat!r}: expected one of {["none", *_REMAT_POLICIES]}')
+
+  def step(block, x, inputs):
+    return block(x, train=train, **inputs), None
+
+  if remat != 'none':
+    # Inside a scan XLA cannot merge the second computation with the first, so it need not be
+    # prevented from it.
+    step = nn.remat(step, policy=_REMAT_POLICIES[remat], prevent_cse=not scan)
+  if scan:
+    step = nn.scan(
+        step, length=depth, in_axes=nn.broadcast,
+        variable_axes={'params': 0, 'intermediates': 0},
+        split_rngs={'params': True, 'dropout': True},
+        metadata_params={nn.PARTITION_NAME: 'layers'})
+    return step(make_block(name=prefix), x, inputs)[0]
+  for i in range(depth):
+    x, _ = step(make_block(name=f'{prefix}_{i}'), x, inputs)
+  return x
+
+
+def stack_layers(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Turns the unrolled layout `{prefix}_{i}` into the scanned one.
+
+  Args:
+    params: the tree that holds the blocks; its other entries are kept as they are.
+    prefix: name of the blocks.
+
+  Returns:
+    a new tree with `{prefix}`, whose arrays are stacked on axis 0. numpy stays numpy.
+  """
+  depth = sum(_layer_index(name, prefix) is not None for name in params)
+  blocks = [params[f'{prefix}_{i}'] for i in range(depth)]
+  if not blocks:
+    raise ValueError(f'no {prefix}_0 among {sorted(params)}')
+
+  def stack(*leaves):
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return (np if on_host else jnp).stack(leaves)
+  others = {k: v for k, v in params.items() if _layer_index(k, prefix) is None}
+  return {**others, prefix: jax.tree.map(stack, *blocks)}
+
+
+def unstack_layers(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Turns the scanned layout `{prefix}` into the unrolled one: the inverse of `stack_layers`."""
+  others = {k: v for k, v in params.items() if k != prefix}
+  depth = jax.tree.leaves(params[prefix])[0].shape[0]
+  blocks = {f'{prefix}_{i}': jax.tree.map(lambda leaf, i=i: leaf[i], params[prefix])
+            for i in range(depth)}
+  return {**others, **blocks}
+
+
+def _layer_index(name: str, prefix: str) -> int | None:
+  index = name.removeprefix(f'{prefix}_')
+  return int(index) if index != name and index.isdigit() else None

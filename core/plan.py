@@ -1,0 +1,128 @@
+"""What a config means on a set of devices: every mode of the command line starts from a `Plan`.
+
+Building one touches no data (beyond counting it) and allocates nothing on a device: parameters
+are shapes, so the same plan trains on this machine or is compiled for one that is not here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from flax import linen as nn
+
+from core import optim, partition, step, task as task_lib
+from core.config import duration, validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Attributes:
+    config: the validated config.
+    task: the paper.
+    layout: mesh and rules.
+    optimizer, schedule: from `config.optim`.
+    steps: length of the run.
+    examples: examples an epoch, None when unknown.
+    state_shape: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
+    state_sharding: the same tree of `NamedSharding`.
+    batch_sharding: name -> `NamedSharding` of the global batch.
+    init: compiled on first use; key -> `TrainState` made where it lives.
+    train_step: jitted, donates its state.
+  """
+  config: ml_collections.ConfigDict
+  task: task_lib.Task
+  layout: partition.Layout
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  steps: int
+  examples: int | None
+  state_shape: step.TrainState
+  state_sharding: step.TrainState
+  batch_sharding: dict[str, jax.sharding.NamedSharding]
+  init: Callable
+  train_step: Callable
+
+  def steps_of(self, text: str, what: str) -> int:
+    return duration(text, batch_size=self.config.batch_size, examples=self.examples,
+                    total=self.steps, what=what)
+
+  @property
+  def params_shape(self):
+    return self.state_shape.params
+
+  def jit(self, fn: Callable, **kwargs) -> Callable:
+    """`jax.jit` that traces under this plan's layout."""
+    @functools.wraps(fn)
+    def traced(*args):
+      with partition.use(self.layout):
+        return fn(*args)
+    return jax.jit(traced, **kwargs)
+
+  def replicate(self, x):
+    """An array whole on every device, so that every host can read it. All hosts must call."""
+    return jax.jit(lambda x: x, out_shardings=self.layout.replicated)(x)
+
+  def fetch(self, x) -> np.ndarray:
+    """A global array as numpy on every host."""
+    return np.asarray(x if x.is_fully_addressable else self.replicate(x))
+
+  def batch_shardings(self, spec) -> dict[str, jax.sharding.NamedSharding]:
+    """Every array of a batch is split over its first dimension."""
+    return {k: self.layout.sharding(('batch',) + (None,) * (len(s.shape) - 1), s.shape)
+            for k, s in spec.items()}
+
+
+def make_plan(config: ml_collections.ConfigDict,
+              devices: Sequence[jax.Device] | None = None) -> Plan:
+  """Builds the plan.
+
+  Args:
+    config: a config.
+    devices: devices of the mesh, those of the running backend by default; pass a topology's to
+      compile for it.
+
+  Raises:
+    UserError: anything in the config that cannot work, before any long work.
+  """
+  validate(config)
+  task = task_lib.load(config)
+  layout = partition.make_layout(config, devices)
+  examples = config.data.examples or None
+  needs_examples = 'epoch' in str(config.to_dict())
+  if examples is None and needs_examples:
+    examples = task.examples()
+  steps = duration(config.steps, batch_size=config.batch_size, examples=examples,
+                   what='config.steps')
+
+  def init_params(rng):
+    with partition.use(layout):
+      return task.init(rng)
+
+  boxed = jax.eval_shape(init_params, jax.random.key(0))
+  params = nn.unbox(boxed)
+  optimizer, schedule = optim.make_optimizer(
+      config.optim, params, steps=steps, batch_size=config.batch_size, examples=examples)
+  params_sharding = partition.param_shardings(boxed, layout)
+
+  def init(rng):
+    return step.init_state(nn.unbox(init_params(rng)), optimizer, config.ema)
+
+  shape = jax.eval_shape(init, jax.random.key(0))
+  like = lambda tree: partition.like_params(tree, params, params_sharding, layout)
+  sharding = step.TrainState(layout.replicated, params_sharding, like(shape.opt_state),
+                             params_sharding if config.ema else None)
+  shape = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+                       shape, sharding)
+  plan = Plan(config, task, layout, optimizer, schedule, steps, examples, shape, sharding,
+              batch_sharding={}, init=jax.jit(init, out_shardings=sharding), train_step=None)
+  batch_sharding = plan.batch_shardings(task.batch_spec(config.batch_size))
+  train_step = plan.jit(
+      step.make_train_step(task, optimizer, schedule, config.seed, config.ema),
+      donate_argnums=0, in_shardings=(sharding, batch_sharding),
+      out_shardings=(sharding, layout.replicated))
+  return dataclasses.replace(plan, batch_sharding=batch_sharding, train_step=train_step)

@@ -1,0 +1,149 @@
+"""The contract that a paper fills.
+
+A paper is a module with a class `Task`, chosen by its import path: `config.task =
+'vit_family.classification'`. The engine (`core`) knows only what is written here.
+"""
+
+import importlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+import optax
+from flax import linen as nn
+
+from core.config import UserError
+
+
+@flax.struct.dataclass
+class Aux:
+  """What a loss returns beside its value.
+
+  Attributes:
+    weight: float32 scalar, the number of items that the loss is a mean over. Gradients of
+      microbatches and hosts are combined in its proportion, so accumulation and padding are
+      exact.
+    metrics: name -> (sum, weight), float32 scalars; what is logged is sum over weight of a whole
+      window or split.
+  """
+  weight: jax.Array
+  metrics: Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+class Source(Protocol):
+  """Random access to examples; picklable, and safe to read from several threads."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Evaluator(Protocol):
+  """One measurement (or one set of pictures) of a model.
+
+  Attributes:
+    every: duration between runs, '' for the config's `eval.every`, 'end' for once at the end.
+  """
+  every: str
+
+  def __call__(self, run: Any, params: Any, step: int) -> dict[str, float]:
+    """Measures; `run` is a `core.evaluate.EvalRun`. Every process calls it, in the same order."""
+    ...
+
+
+class Task:
+  """Base of every paper's task. The constructor opens no device and no file.
+
+  Attributes:
+    config: the whole config.
+    model: the linen module.
+  """
+  model: nn.Module
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self.config = config
+
+  def __reduce__(self):
+    # A data worker gets the config and builds the task anew: models do not travel.
+    return type(self), (self.config,)
+
+  # What a paper must say.
+
+  def init(self, rng: jax.Array):
+    """Fresh parameters with their logical names still on them: what `model.init` returns under
+    'params'. It is traced, so its inputs may be zeros."""
+    raise NotImplementedError
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, global shape and dtype of every array the step consumes, `mask` included."""
+    raise NotImplementedError
+
+  def dataset(self, split: str) -> Source:
+    raise NotImplementedError
+
+  def transform(self, example: dict[str, Any], rng: np.random.Generator,
+                train: bool) -> dict[str, np.ndarray]:
+    """One example of `dataset` to fixed-shape arrays; runs in data workers."""
+    raise NotImplementedError
+
+  def loss(self, params, batch: Mapping[str, jax.Array], rng: jax.Array,
+           train: bool) -> tuple[jax.Array, Aux]:
+    """The mean loss over `Aux.weight` items, float32. Runs inside the compiled step."""
+    raise NotImplementedError
+
+  def evaluators(self) -> dict[str, Evaluator]:
+    raise NotImplementedError
+
+  # What a paper may say.
+
+  train_split = 'train'
+
+  def examples(self) -> int | None:
+    """Examples an epoch: from the config when it says so, else counted in the data."""
+    return self.config.data.examples or len(self.dataset(self.train_split))
+
+  def prepare(self, workdir: pathlib.Path) -> None:
+    """Builds what is needed once before training (a vocabulary, a palette) and leaves a file."""
+
+  def update(self, state, batch, rng: jax.Array, optimizer: optax.GradientTransformation):
+    """One optimization step; only sparse-row methods replace it."""
+    from core import step  # the default lives with the step; a paper need not know it
+    return step.gradient_update(self.loss, optimizer, self.config.accum, state, batch, rng)
+
+  def load_pretrained(self, path: str, params) -> Any:
+    """Reads foreign weights into a tree like `params` (shapes); numpy leaves."""
+    raise UserError(f'{self.config.task} reads no foreign weights; config.init_from={path!r} must '
+                    'be a workdir of this project')
+
+  def predict(self, params, inputs: pathlib.Path, out: pathlib.Path) -> list[dict[str, Any]]:
+    """Answers for the files at `inputs`: JSON-ready records, and pictures left in `out`."""
+    raise UserError(f'{self.config.task} has no predict mode')
+
+  def export(self, params, path: pathlib.Path) -> pathlib.Path:
+    """Writes the parameters in the ecosystem's own format; returns the file written."""
+    raise UserError(f'{self.config.task} has no export format')
+
+
+def load(config: ml_collections.ConfigDict) -> Task:
+  """Imports the module that `config.task` names and makes its task."""
+  try:
+    module = importlib.import_module(config.task)
+  except ModuleNotFoundError as e:
+    if e.name and config.task.startswith(e.name):
+      raise UserError(f'config.task={config.task!r}: no such module; valid: '
+                      f'{", ".join(_known())}') from e
+    raise
+  if not hasattr(module, 'Task'):
+    raise UserError(f'config.task={config.task!r} has no class Task; valid: {", ".join(_known())}')
+  return module.Task(config)
+
+
+def _known() -> list[str]:
+  """Modules of this checkout that define a Task."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  return sorted(f'{p.parent.name}.{p.stem}' for p in root.glob('*/*.py')
+                if p.parent.name not in ('core', 'tests') and 'class Task(' in p.read_text())

@@ -1,0 +1,257 @@
+"""The loop. It knows no model: a paper is one `Task`.
+
+After every update, in this order: log, evaluate, save. So a checkpoint of step n stands behind
+everything that was written for step n, and a run resumed from it repeats nothing and misses
+nothing.
+"""
+
+import functools
+import json
+import pathlib
+import signal
+import time
+
+import jax
+import ml_collections
+from absl import logging
+
+from core import config as config_lib
+from core import metrics, partition, pictures, pretrained
+from core.checkpoint import Checkpoints
+from core.config import RunFailed, UserError
+from core.data import pipeline
+from core.evaluate import Evaluators
+from core.plan import Plan, make_plan
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, force: bool = False) -> None:
+  """Trains, or continues the run that `workdir` holds.
+
+  Args:
+    config: the run.
+    workdir: gets config.json, metrics.jsonl, event files, checkpoints/ and pictures/.
+    force: continue a run although its saved config differs.
+
+  Raises:
+    UserError: bad config, data or workdir, before any step.
+    RunFailed: loss or gradient not finite; the last good checkpoint stays.
+  """
+  claim_workdir(workdir)
+  plan = make_plan(config)
+  checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint)
+  try:
+    _check_same_run(config, workdir, bool(checkpoints.steps()), force)
+    plan.task.prepare(workdir)
+    _Loop(plan, workdir, checkpoints).run()
+  finally:
+    checkpoints.close()
+
+
+def claim_workdir(workdir: pathlib.Path) -> None:
+  """Makes the workdir, or says in one line why it cannot be written."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f'.writable-{jax.process_index()}'
+    probe.touch()
+    probe.unlink()
+  except OSError as e:
+    raise UserError(f'--workdir={workdir}: cannot be written ({e.strerror or e}); name a '
+                    'directory you own') from e
+
+
+def _check_same_run(config, workdir: pathlib.Path, started: bool, force: bool) -> None:
+  """Guards a workdir against another config; leaves this run's config.json behind."""
+  path = workdir / 'config.json'
+  if started and path.exists() and not force:
+    changed = config_lib.differences(json.loads(path.read_text()), config)
+    if changed:
+      raise UserError(f'{workdir} holds a run of another config ({"; ".join(changed)}); use '
+                      'another --workdir, or --force to continue it with this config')
+  if jax.process_index() == 0:
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(config_lib.to_json(config))
+    temporary.replace(path)
+
+
+class _Loop:
+  """One run from its first (or resumed) step to its last."""
+
+  def __init__(self, plan: Plan, workdir: pathlib.Path, checkpoints: Checkpoints):
+    self.plan, self.workdir, self.checkpoints = plan, workdir, checkpoints
+    config = plan.config
+    self.log_every = max(plan.steps_of(config.log_every, 'config.log_every'), 1)
+    self.save_every = max(plan.steps_of(config.checkpoint.every, 'config.checkpoint.every'), 1)
+    self.evaluators = Evaluators(plan, workdir)
+    self.profile = _Profile(config.profile, workdir)
+    self.saved_step = -1
+
+  def run(self) -> None:
+    plan = self.plan
+    state, extra = self._starting_state()
+    start = int(state.step)
+    self.window = metrics.Window(extra.get('window'))
+    self.writer = metrics.Writer(self.workdir, after_step=start)
+    self.progress = metrics.Progress(plan.steps, start)
+    self._introduce(start)
+    if start >= plan.steps:
+      self.progress.say(f'the run of {plan.steps} steps in {self.workdir} is complete')
+    try:
+      with _Stop() as stop, self._stream(start) as stream:
+        self._clock = (time.monotonic(), start, stream.waited)
+        for step in range(start + 1, plan.steps + 1):
+          self.profile.before(step)
+          state, step_metrics = plan.train_step(state, next(stream))
+          if step == start + 1:
+            jax.block_until_ready(state)
+            self.progress.say(f'first step done after {time.monotonic() - self._clock[0]:.1f} s '
+                              '(compilation included)')
+            self._clock = (time.monotonic(), step, stream.waited)
+          self.window.add(step, step_metrics)
+          self.profile.after(step, state)
+          self.progress.advance(step)
+          stopping = stop.reached(step)
+          self._after(step, state, stream, stopping)
+          if stopping:
+            break
+      self.checkpoints.wait()
+      pictures.learning_curves(self.workdir)
+    except RunFailed as e:
+      self.checkpoints.wait()
+      steps = self.checkpoints.steps()
+      kept = (f'the last good checkpoint is step {steps[-1]} in {self.workdir}' if steps
+              else 'there is no checkpoint yet')
+      raise RunFailed(f'{e}; {kept}') from e
+    finally:
+      self.progress.close()
+      self.writer.close()
+
+  def _starting_state(self):
+    """Resumed, else pretrained, else fresh."""
+    plan = self.plan
+    restored = self.checkpoints.restore(plan.state_shape)
+    if restored is not None:
+      return restored
+    state = plan.init(jax.random.key(plan.config.seed))
+    if plan.config.init_from:
+      state = pretrained.load_into(plan, state, plan.config.init_from)
+    return state, {}
+
+  def _introduce(self, start: int) -> None:
+    plan = self.plan
+    say = self.progress.say
+    say(partition.report(plan.params_shape, plan.state_sharding.params, largest=3))
+    count = sum(p.size for p in jax.tree.leaves(plan.params_shape))
+    say(f'{plan.config.task}: {count:,} parameters, {plan.layout.mesh.size} '
+        f'{plan.layout.platform} device(s), {jax.process_count()} process(es), batch '
+        f'{plan.config.batch_size}, {plan.steps} steps'
+        + (f', resumed at step {start}' if start else ''))
+
+  def _stream(self, start: int):
+    plan, data = self.plan, self.plan.config.data
+    rows = pipeline.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
+    stream = pipeline.train_stream(
+        plan.task.dataset(plan.task.train_split),
+        functools.partial(plan.task.transform, train=True),
+        batch_size=plan.config.batch_size, rows=rows, seed=plan.config.seed, start_step=start,
+        workers=data.workers, threads=data.threads, reuse_batch=data.reuse_batch)
+    spec = plan.task.batch_spec(plan.config.batch_size)
+    checked = False
+
+    def put(batch):
+      nonlocal checked
+      if not checked:
+        pipeline.check_against_spec(batch, spec)
+        checked = True
+      return pipeline.to_device(batch, plan.batch_sharding, plan.config.batch_size, rows)
+    return pipeline.prefetch(stream, put)
+
+  def _after(self, step: int, state, stream, stopping: bool) -> None:
+    """Logs, evaluates and saves what is due after `step` updates."""
+    last = step == self.plan.steps
+    if step % self.log_every == 0 or last:
+      self._log(step, stream)
+    values = None
+    due = [] if stopping and not last else self.evaluators.due(step)
+    if due:
+      self.window.sums()  # never score, nor save, a model that has already failed
+      began = time.monotonic()
+      values = self.evaluators.run(state.params if state.ema is None else state.ema, step, due,
+                                   self.progress.say)
+      self.writer.write(step, values)
+      self._pause(time.monotonic() - began)
+    if step % self.save_every == 0 or last or stopping:
+      extra = {'window': self.window.sums()}
+      self.checkpoints.save(step, state, extra, values)
+      self.saved_step = step
+      if stopping and not last:
+        self.progress.say(f'stopped by a signal; saved step {step}')
+
+  def _log(self, step: int, stream) -> None:
+    values = self.window.flush()  # waits for the device, so the clock below is honest
+    began, first, waited = self._clock
+    now = time.monotonic()
+    seconds = max(now - began, 1e-9)
+    line = {f'train/{k}': v for k, v in sorted(values.items())}
+    if step > first:
+      line['time/examples_per_second'] = (step - first) * self.plan.config.batch_size / seconds
+      line['time/input_wait_share'] = min((stream.waited - waited) / seconds, 1.)
+    self.writer.write(step, line)
+    shown = {'loss': values['loss']}
+    if 'time/examples_per_second' in line:
+      shown['examples/s'] = line['time/examples_per_second']
+    self.progress.show(step, shown)
+    self._clock = (now, step, stream.waited)
+
+  def _pause(self, seconds: float) -> None:
+    """Keeps time that was not training out of the examples-per-second."""
+    began, first, waited = self._clock
+    self._clock = (began + seconds, first, waited)
+
+
+class _Stop:
+  """Turns SIGTERM into an orderly end after the current step, on all processes at once."""
+
+  def __init__(self):
+    self._asked = False
+    self._previous = None
+
+  def __enter__(self):
+    # With several processes the runtime's own preemption service listens, and agrees on a step.
+    if jax.process_count() == 1:
+      self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+    return self
+
+  def _on_signal(self, number, frame):
+    del number, frame
+    self._asked = True
+
+  def reached(self, step: int) -> bool:
+    if jax.process_count() == 1:
+      return self._asked
+    from jax.experimental import multihost_utils  # only where there are several hosts
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def __exit__(self, *exc):
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+class _Profile:
+  """Traces the steps [first, first + steps) for TensorBoard's profiler; 0 steps is off."""
+
+  def __init__(self, profile: ml_collections.ConfigDict, workdir: pathlib.Path):
+    self._first, self._last = profile.first, profile.first + profile.steps - 1
+    self._directory = workdir / 'profile'
+    self._on = False
+
+  def before(self, step: int) -> None:
+    if step == self._first <= self._last:
+      jax.profiler.start_trace(self._directory)
+      self._on = True
+
+  def after(self, step: int, state) -> None:
+    if self._on and step == self._last:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self._on = False
+      logging.info('profile of steps %d to %d in %s', self._first, self._last, self._directory)

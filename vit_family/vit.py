@@ -1,0 +1,181 @@
+"""Vision Transformer: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929.
+
+Parameters have the names and shapes of the public Google checkpoints in today's linen spelling, so
+that loading one is a renaming.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from core import partition
+from core.nn import blocks
+from core.nn import positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """The size of an encoder (ViT table 1; Ti and S from "How to train your ViT" table 1)."""
+  width: int
+  depth: int
+  mlp_dim: int
+  heads: int
+
+
+VARIANTS = {
+    'Ti': Variant(192, 12, 768, 3),
+    'S': Variant(384, 12, 1536, 6),
+    'B': Variant(768, 12, 3072, 12),
+    'L': Variant(1024, 24, 4096, 16),
+    'H': Variant(1280, 32, 5120, 16),
+    # Ours, for the small runs on a laptop.
+    'mini': Variant(64, 6, 128, 4),
+    # For tests: big_vision's mu, and vit_jax's "testing".
+    'mu': Variant(32, 1, 128, 2),
+    'testing': Variant(10, 1, 10, 2),
+}
+
+
+class VisionTransformer(nn.Module):
+  """Image classifier: patches, position embeddings, pre-norm encoder, head (section 3.1).
+
+  Attributes:
+    num_classes: size of the head.
+    patch_size: side of a square patch in pixels.
+    width, depth, mlp_dim, heads: size of the encoder, see `VARIANTS`.
+    classifier: 'token' reads an extra first token, 'gap' averages all tokens and has no extra one.
+    representation_size: width of the tanh layer `pre_logits` of the original pretraining; None for
+      none, as in fine-tuning and in the AugReg checkpoints.
+    head_bias_init: constant the head's bias starts at; -10 for sigmoid pretraining.
+    dropout_rate: after the position embeddings, the attention projection and both MLP layers.
+    attention_dropout_rate: of the attention weights, 0 in every published configuration.
+    dtype: computation dtype; parameters, statistics and logits are float32.
+    scan: one compiled encoder block instead of `depth`.
+    remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+  """
+  num_classes: int
+  patch_size: int
+  width: int
+  depth: int
+  mlp_dim: int
+  heads: int
+  classifier: str = 'token'
+  representation_size: int | None = None
+  head_bias_init: float = 0.0
+  dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+  scan: bool = False
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(
+      self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Classifies images.
+
+    Args:
+      images: `[batch, height, width, channels]` float in [-1, 1]; the sides are multiples of the
+        patch size.
+      train: switches dropout on, drawn from the rng 'dropout'.
+
+    Returns:
+      float32 logits `[batch, classes]`, and what few-shot evaluation and pictures read:
+      'encoded' `[batch, tokens, width]`, 'pooled' `[batch, width]` and 'pre_logits', the input of
+      the head, `[batch, representation_size or width]`.
+    """
+    if self.classifier not in ('token', 'gap'):
+      raise ValueError(f"classifier={self.classifier!r}: expected 'token' or 'gap'")
+    x = PatchEmbedding(self.patch_size, self.width, dtype=self.dtype, name='embedding')(images)
+    if self.classifier == 'token':
+      cls = self.param(
+          'cls', nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed')),
+          (1, 1, self.width), jnp.float32)
+      cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, self.width))
+      x = jnp.concatenate([cls, x], axis=1)
+    x = Encoder(
+        depth=self.depth, mlp_dim=self.mlp_dim, heads=self.heads, dropout_rate=self.dropout_rate,
+        attention_dropout_rate=self.attention_dropout_rate, dtype=self.dtype, scan=self.scan,
+        remat=self.remat, name='Transformer')(x, train=train)
+    features = {'encoded': x}
+    x = x[:, 0] if self.classifier == 'token' else x.mean(axis=1)
+    features['pooled'] = x
+    if self.representation_size is not None:
+      x = jnp.tanh(nn.Dense(
+          self.representation_size, dtype=self.dtype, name='pre_logits',
+          kernel_init=nn.with_logical_partitioning(
+              nn.initializers.lecun_normal(), ('embed', 'mlp')),
+          bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('mlp',)))(x))
+    features['pre_logits'] = x
+    # The head is float32 in every precision: it is small, and the loss reads it.
+    logits = nn.Dense(
+        self.num_classes, name='head', dtype=jnp.float32,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'classes')),
+        bias_init=nn.with_logical_partitioning(
+            nn.initializers.constant(self.head_bias_init), ('classes',)))(x)
+    return logits, features
+
+
+class PatchEmbedding(nn.Module):
+  """Linear projection of non-overlapping patches (section 3.1, equation 1).
+
+  The kernel is stored as that of a convolution whose stride is its size, `[P, P, channels, width]`,
+  but computed as one matrix product, which is faster on every platform.
+
+  Attributes:
+    patch_size: P.
+    width: width of a token.
+    dtype: computation dtype.
+  """
+  patch_size: int
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """`[batch, height, width, channels]` -> `[batch, tokens, width]` in raster order."""
+    batch, height, width, channels = images.shape
+    size = self.patch_size
+    if height % size or width % size:
+      raise ValueError(f'images of {height}x{width} do not divide into patches of {size}x{size}')
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(), (None, None, None, 'embed')),
+        (size, size, channels, self.width), jnp.float32)
+    bias = self.param(
+        'bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)),
+        (self.width,), jnp.float32)
+    rows, columns = height // size, width // size
+    patches = images.astype(self.dtype).reshape(batch, rows, size, columns, size * channels)
+    patches = patches.swapaxes(2, 3).reshape(batch, rows * columns, size * size * channels)
+    tokens = patches @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
+    return partition.constrain(tokens, ('batch', 'length', 'embed'))
+
+
+class Encoder(nn.Module):
+  """Position embeddings, pre-norm blocks, final layer norm (section 3.1, equations 1-4)."""
+  depth: int
+  mlp_dim: int
+  heads: int
+  dropout_rate: float = 0.0
+  attention_dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+  scan: bool = False
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """`[batch, tokens, width]` -> the same."""
+    x = positions.LearnedPositions(dtype=self.dtype, name='posembed_input')(x)
+    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+    def make_block(name):
+      return blocks.TransformerBlock(
+          heads=self.heads, mlp_dim=self.mlp_dim, dropout_rate=self.dropout_rate,
+          attention_dropout_rate=self.attention_dropout_rate, dtype=self.dtype, name=name)
+
+    x = blocks.run_blocks(make_block, self.depth, x, prefix='encoderblock', scan=self.scan,
+                          remat=self.remat, train=train)
+    return blocks.layer_norm(1e-6, self.dtype, 'encoder_norm')(x)
