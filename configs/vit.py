@@ -18,6 +18,14 @@ MODELS = {
 
 DATASETS = ('imagenet2012', 'folder')
 
+# Published settings and their parameters (224 px, 1,000 classes, no pre_logits).
+PARAMETERS = {
+    'ti16,imagenet2012': 5_717_416, 's16,imagenet2012': 22_050_664,
+    's32,imagenet2012': 22_878_952, 'b8,imagenet2012': 86_576_872,
+    'b16,imagenet2012': 86_567_656, 'b32,imagenet2012': 88_224_232,
+    'l16,imagenet2012': 304_326_632, 'l32,imagenet2012': 306_535_400,
+    'h14,imagenet2012': 632_045_800}
+
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Returns the config named by `arg`: '', 'smoke', or 'MODEL,DATASET'."""

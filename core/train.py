@@ -83,7 +83,6 @@ class _Loop:
     self.save_every = max(plan.steps_of(config.checkpoint.every, 'config.checkpoint.every'), 1)
     self.evaluators = Evaluators(plan, workdir)
     self.profile = _Profile(config.profile, workdir)
-    self.saved_step = -1
 
   def run(self) -> None:
     plan = self.plan
@@ -181,8 +180,9 @@ class _Loop:
       self._pause(time.monotonic() - began)
     if step % self.save_every == 0 or last or stopping:
       extra = {'window': self.window.sums()}
+      began = time.monotonic()
       self.checkpoints.save(step, state, extra, values)
-      self.saved_step = step
+      self._pause(time.monotonic() - began)
       if stopping and not last:
         self.progress.say(f'stopped by a signal; saved step {step}')
 

@@ -254,7 +254,10 @@ def inception_crop(
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Mirrors `[h, w, c]` left to right with probability one half."""
-  return image[:, ::-1] if rng.random() < 0.5 else image
+  if rng.random() >= 0.5:
+    return image
+  # Not `image[:, ::-1]`: numpy takes 20 times as long to copy that into a batch.
+  return cv2.flip(image, 1).reshape(image.shape)
 
 
 def random_affine(

@@ -63,7 +63,8 @@ def train_stream(
     seed: of order and augmentation, any non-negative int.
     start_step: the first global batch to yield.
     workers: processes that make batches; 0 makes them in threads of this process.
-    threads: threads in this process, or in each worker.
+    threads: threads in this process, which share the work of a batch, or in each worker, where
+      every thread makes a batch of its own (so workers x threads batches are in memory).
     reuse_batch: yield the first batch again and again, to time a step without its input.
 
   Yields:

@@ -327,8 +327,9 @@ def _list_folder(root: str) -> _Listing:
     logging.warning('%s: skipped %d files that are not whole images: %s%s', root, len(skipped),
                     ', '.join(skipped[:5]), ', ...' if len(skipped) > 5 else '')
   if empty := [name for name in names if name not in seen]:
-    raise UserError(f'{root}: class {", ".join(map(repr, empty[:5]))} has no images'
-                    f'{" in train" if must_have == ["train"] else ""}; remove the folder or fill it')
+    where = ' in train' if must_have == ['train'] else ''
+    raise UserError(f'{root}: class {", ".join(map(repr, empty[:5]))} has no images{where}; remove '
+                    'the folder or fill it')
   return _Listing(tuple(names), splits)
 
 

@@ -5,7 +5,7 @@ will run (`partition.platform()`, which is not the tracing host when compiling a
 on what is asked: a mask, dropout, or the weights themselves rule some kernels out.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +16,9 @@ from jax import lax
 
 from core import partition
 
-# Below this many keys one XLA fusion beats splash: the score matrix is small, and splash computes
-# whole blocks of 128 or more.
-_SPLASH_MIN_LENGTH = 512
+# Splash is for the lengths at which the score matrix no longer fits on the chip; below, XLA's own
+# fusions keep it there.
+_SPLASH_MIN_LENGTH = 1024
 # Splash walks the score matrix in blocks; the largest of these that divides a length is used.
 _SPLASH_BLOCKS = (512, 256, 128)
 
@@ -85,8 +85,8 @@ def _choose(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
       return 'cudnn'
   elif platform == 'tpu':
     lengths = (query.shape[1], key.shape[1])
-    if (mask is None and head_dim in (64, 128, 256) and max(lengths) >= _SPLASH_MIN_LENGTH
-        and all(n % 128 == 0 for n in lengths)):
+    if (mask is None and head_dim % 8 == 0 and head_dim <= 256
+        and max(lengths) >= _SPLASH_MIN_LENGTH and all(n % 128 == 0 for n in lengths)):
       return 'splash'
   return 'xla'
 
@@ -187,15 +187,9 @@ def _flattened(init: Callable, inputs: int) -> Callable:
     inputs: how many leading dimensions of the kernel are contracted with the input.
   """
   def flat_init(key, shape, dtype=jnp.float32):
-    rows = 1
-    for size in shape[:inputs]:
-      rows *= size
-    return init(key, (rows, -(-_size(shape) // rows)), dtype).reshape(shape)
+    matrix = (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+    return init(key, matrix, dtype).reshape(shape)
   return flat_init
-
-
-def _size(shape) -> int:
-  return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
 class _Projection(nn.Module):

@@ -1,0 +1,251 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from flax import linen as nn
+
+from core.nn import blocks
+
+
+def layer_norm(x, p, epsilon):
+  mean = x.mean(-1, keepdims=True)
+  var = ((x - mean) ** 2).mean(-1, keepdims=True)
+  return (x - mean) / np.sqrt(var + epsilon) * p['scale'] + p['bias']
+
+
+def attend(x, memory, p, mask):
+  q, k, v = (np.einsum('bld,dhk->bhlk', y, p[n]['kernel']) + p[n]['bias'][:, None]
+             for n, y in (('query', x), ('key', memory), ('value', memory)))
+  scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+  scores = np.where(mask, scores, -np.inf)
+  weights = scipy.special.softmax(scores, axis=-1)
+  return np.einsum('bhlk,hkd->bld', weights @ v, p['out']['kernel']) + p['out']['bias']
+
+
+ACTIVATIONS = {
+    'gelu_tanh': lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))),
+    'gelu_erf': lambda x: x * scipy.special.ndtr(x),
+    'quick_gelu': lambda x: x * scipy.special.expit(1.702 * x),
+    'relu': lambda x: np.maximum(x, 0),
+}
+
+
+def mlp(x, p, activation):
+  hidden = ACTIVATIONS[activation](x @ p['Dense_0']['kernel'] + p['Dense_0']['bias'])
+  return hidden @ p['Dense_1']['kernel'] + p['Dense_1']['bias']
+
+
+def oracle(x, p, norm, epsilon, activation, mask, memory, memory_mask):
+  """A block in float64, written from the papers' equations."""
+  branches = [lambda x: attend(x, x, p['MultiHeadDotProductAttention_0'], mask)]
+  if memory is not None:
+    branches.append(lambda x: attend(x, memory, p['MultiHeadDotProductAttention_1'], memory_mask))
+  branches.append(lambda x: mlp(x, p['MlpBlock_0'], activation))
+  for i, branch in enumerate(branches):
+    q = p[f'LayerNorm_{i}']
+    if norm == 'pre':
+      x = x + branch(layer_norm(x, q, epsilon))
+    else:
+      x = layer_norm(x + branch(x), q, epsilon)
+  return x
+
+
+def randomised(params, seed=0):
+  """Every parameter away from its init, so that no scale or bias is invisible."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda a: (a + 0.3 * rng.normal(size=a.shape)).astype(np.float32),
+                      nn.meta.unbox(params))
+
+
+@pytest.mark.parametrize('norm, activation, causal, padded, cross, epsilon', [
+    ('pre', 'gelu_tanh', False, False, False, 1e-6),
+    ('pre', 'quick_gelu', True, False, False, 1e-5),
+    ('post', 'gelu_erf', False, True, False, 1e-2),
+    ('post', 'relu', True, True, True, 1e-6),
+    ('pre', 'relu', False, True, True, 1e-5),
+])
+def test_block_matches_a_float64_oracle(norm, activation, causal, padded, cross, epsilon):
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2, 6, 12)).astype(np.float32)
+  memory = rng.normal(size=(2, 5, 10)).astype(np.float32) if cross else None
+  mask = np.ones((2, 1, 1, 6), bool)
+  memory_mask = np.ones((2, 1, 1, 5), bool)
+  if padded:
+    mask[1, ..., 4:] = False
+    memory_mask[0, ..., 3:] = False
+  block = blocks.TransformerBlock(
+      heads=3, mlp_dim=20, norm=norm, activation=activation, causal=causal, cross=cross,
+      epsilon=epsilon)
+  inputs = {'mask': mask if padded else None, 'memory': memory,
+            'memory_mask': memory_mask if cross and padded else None}
+  params = randomised(block.init(jax.random.key(0), x, **inputs)['params'])
+  out = jax.jit(block.apply)({'params': params}, x, **inputs)
+  want = oracle(x.astype(np.float64), jax.tree.map(lambda a: a.astype(np.float64), params), norm,
+                epsilon, activation, mask & np.tri(6, dtype=bool) if causal else mask, memory,
+                memory_mask)
+  np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_over_float32_parameters():
+  block = blocks.TransformerBlock(heads=2, mlp_dim=16, dtype=jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  params = nn.meta.unbox(block.init(jax.random.key(1), x)['params'])
+  assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype('float32')}
+  out = block.apply({'params': params}, x)
+  assert out.dtype == jnp.bfloat16
+  full = block.clone(dtype=jnp.float32).apply({'params': params}, x)
+  np.testing.assert_allclose(out.astype(jnp.float32), full, atol=0.1)
+
+
+@pytest.mark.parametrize('epsilon', [1e-6, 1e-2])
+def test_layer_norm_and_its_gradients_match_float64(epsilon):
+  rng = np.random.default_rng(0)
+  # A large mean: computing the variance as E[x^2] - E[x]^2 in float32 would show.
+  x = (rng.normal(size=(3, 4, 16)) + 20).astype(np.float32)
+  probe = rng.normal(size=x.shape)
+  module = blocks.layer_norm(epsilon, jnp.float32, 'norm')
+  params = randomised(module.init(jax.random.key(0), x)['params'])
+
+  def loss(params, x):
+    out = module.apply({'params': params}, x)
+    return (out * probe).sum(), out
+  grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+  start = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+  np.testing.assert_allclose(out, layer_norm(start[1], start[0], epsilon), atol=3e-5)
+  for _ in range(4):
+    step = jax.tree.map(lambda a: 1e-6 * rng.normal(size=a.shape), start)
+    ends = [(layer_norm(q, p, epsilon) * probe).sum() for p, q in (
+        jax.tree.map(lambda a, d, s=s: a + s * d, start, step) for s in (1, -1))]
+    got = sum(jax.tree.leaves(jax.tree.map(
+        lambda g, d: (np.asarray(g, np.float64) * d).sum(), grads, step)))
+    np.testing.assert_allclose(got, (ends[0] - ends[1]) / 2, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize('activation', blocks.ACTIVATIONS)
+def test_activations_and_their_gradients_match_float64(activation):
+  x = np.concatenate([np.linspace(-12, 12, 201), [-60, -1e-3, 0.5, 60]])
+  x = x[x != 0].astype(np.float32)
+  f = blocks.ACTIVATIONS[activation]
+  exact = ACTIVATIONS[activation]
+  np.testing.assert_allclose(f(x), exact(x.astype(np.float64)), rtol=1e-5, atol=1e-6)
+  slope = (exact(x + 1e-5) - exact(x - 1e-5)) / 2e-5 if activation == 'relu' else (
+      exact(x.astype(np.float64) + 1e-5) - exact(x.astype(np.float64) - 1e-5)) / 2e-5
+  if activation == 'relu':
+    slope = (x > 0).astype(np.float64)
+  np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), slope, rtol=1e-4, atol=2e-6)
+
+
+class Tower(nn.Module):
+  """A stack of decoder blocks for the tests below."""
+  scan: bool
+  remat: str = 'none'
+  dropout_rate: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, memory, mask, train=False):
+    def make(name):
+      return blocks.TransformerBlock(heads=2, mlp_dim=16, cross=True, causal=True, name=name,
+                                     dropout_rate=self.dropout_rate)
+    return blocks.run_blocks(make, 3, x, prefix='layer', scan=self.scan, remat=self.remat,
+                             train=train, memory=memory, memory_mask=mask)
+
+
+def tower_inputs():
+  rng = np.random.default_rng(0)
+  mask = np.ones((2, 1, 1, 4), bool)
+  mask[0, ..., 2:] = False
+  return rng.normal(size=(2, 5, 8)).astype(np.float32), rng.normal(
+      size=(2, 4, 6)).astype(np.float32), mask
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_scanned_and_unrolled_stacks_agree(remat):
+  inputs = tower_inputs()
+  unrolled, scanned = Tower(False, remat), Tower(True, remat)
+  params = randomised(unrolled.init(jax.random.key(0), *inputs)['params'])
+  stacked = blocks.stack_layers(params, 'layer')
+
+  def run(module, params):
+    def loss(params):
+      out, state = module.apply({'params': params}, *inputs, mutable=['intermediates'])
+      return (out ** 2).sum(), (out, state['intermediates'])
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+  grads, (out, seen) = run(unrolled, params)
+  scanned_grads, (scanned_out, scanned_seen) = run(scanned, stacked)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  close(out, scanned_out)
+  jax.tree.map(close, blocks.stack_layers(grads, 'layer'), scanned_grads)
+  # What the blocks sow is stacked the same way.
+  jax.tree.map(close, blocks.stack_layers(seen, 'layer'), scanned_seen)
+  weights = scanned_seen['layer']['MultiHeadDotProductAttention_1']['attention'][0]
+  assert weights.shape == (3, 2, 2, 5, 4)
+
+
+def test_scanned_layers_start_different_and_are_named():
+  boxed = Tower(True).init(jax.random.key(0), *tower_inputs())['params']
+  kernel = boxed['layer']['MlpBlock_0']['Dense_0']['kernel']
+  assert kernel.names == ('layers', 'embed', 'mlp')
+  value = kernel.unbox()
+  assert value.shape == (3, 8, 16)
+  assert not np.allclose(value[0], value[1])
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_dropout_differs_from_layer_to_layer_and_is_off_in_evaluation(scan):
+  inputs = tower_inputs()
+  tower = Tower(scan, dropout_rate=0.5)
+  params = tower.init(jax.random.key(0), *inputs)
+  apply = lambda seed: tower.apply(params, *inputs, train=True, rngs={'dropout': seed})
+  a, b, again = apply(jax.random.key(1)), apply(jax.random.key(2)), apply(jax.random.key(1))
+  assert not np.allclose(a, b)
+  np.testing.assert_array_equal(a, again)
+  calm = tower.apply(params, *inputs)
+  np.testing.assert_array_equal(calm, Tower(scan).apply(params, *inputs))
+
+  # One layer's weights in every layer: were the masks equal, so would be the branches' zeros.
+  class Drops(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, *, train):
+      y = nn.Dropout(0.5, deterministic=not train)(jnp.ones_like(x))
+      self.sow('intermediates', 'mask', y)
+      return x + y
+
+  class Stack(nn.Module):
+
+    @nn.compact
+    def __call__(self, x):
+      return blocks.run_blocks(lambda name: Drops(name=name), 2, x, prefix='d', scan=scan,
+                               train=True)
+  _, state = Stack().apply({}, jnp.zeros((1, 2, 32)), rngs={'dropout': jax.random.key(0)},
+                           mutable=['intermediates'])
+  masks = state['intermediates']
+  masks = masks['d']['mask'][0] if scan else [masks[f'd_{i}']['mask'][0] for i in range(2)]
+  assert not np.array_equal(masks[0], masks[1])
+
+
+def test_stacking_and_unstacking_are_inverse_and_leave_the_rest_alone():
+  tree = {f'layer_{i}': {'a': np.full((2,), i), 'b': {'c': np.arange(i, i + 3)}}
+          for i in range(11)}
+  tree |= {'norm': {'scale': np.ones(3)}, 'layer_norm': np.zeros(2)}
+  stacked = blocks.stack_layers(tree, 'layer')
+  assert sorted(stacked) == ['layer', 'layer_norm', 'norm']
+  assert isinstance(stacked['layer']['a'], np.ndarray)
+  # In the order of the numbers, not of the names: 10 comes last.
+  np.testing.assert_array_equal(stacked['layer']['a'][:, 0], range(11))
+  back = blocks.unstack_layers(stacked, 'layer')
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  jax.tree.map(np.testing.assert_array_equal, back, tree)
+  with pytest.raises(ValueError, match='no block_0'):
+    blocks.stack_layers(tree, 'block')
+
+
+def test_mistakes_are_named():
+  x = jnp.zeros((1, 2, 4))
+  with pytest.raises(ValueError, match='norm='):
+    blocks.TransformerBlock(heads=1, mlp_dim=4, norm='middle').init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match='with memory'):
+    blocks.TransformerBlock(heads=1, mlp_dim=4).init(jax.random.key(0), x, memory=x)
+  with pytest.raises(ValueError, match='remat='):
+    Tower(True, remat='some').init(jax.random.key(0), *tower_inputs())

@@ -1,0 +1,154 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from core import optim
+from core.config import UserError
+
+PARAMS = {'block': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)},
+          'head': {'kernel': jnp.full((2, 2), 2.), 'bias': jnp.zeros(2)}}
+
+
+def make(params=PARAMS, steps=100, **changes):
+  config = common.base().optim
+  for key, value in changes.items():
+    if key == 'schedule':
+      config.schedule.update(value)
+    elif key == 'args':
+      config.args.update(value)
+    else:
+      config[key] = value
+  return optim.make_optimizer(config, params, steps=steps, batch_size=10, examples=100)
+
+
+def one_update(tx, params=PARAMS, grads=None):
+  grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
+  return tx.update(grads, tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize('name, end, last', [('cosine', 0., 0.), ('linear', 1e-5, 1e-5),
+                                             ('constant', 0., 0.4)])
+def test_schedule_ends(name, end, last):
+  _, rate = make(lr=0.4, schedule=dict(name=name, warmup='10 steps', end_lr=end))
+  assert rate(0) == 0.
+  np.testing.assert_allclose(rate(5), 0.2, rtol=1e-6)
+  np.testing.assert_allclose(rate(10), 0.4, rtol=1e-6)
+  np.testing.assert_allclose(rate(100), last, atol=1e-8, rtol=1e-5)
+
+
+def test_cosine_and_linear_in_the_middle():
+  for name in ('cosine', 'linear'):
+    _, rate = make(lr=1., schedule=dict(name=name, warmup='20%'))
+    np.testing.assert_allclose(rate(60), 0.5, rtol=1e-6)
+  _, rate = make(lr=1., schedule=dict(name='cosine', warmup='0'))
+  np.testing.assert_allclose(rate(25), 0.5 * (1 + np.cos(np.pi / 4)), rtol=1e-6)
+
+
+def test_rsqrt_is_noam():
+  """Vaswani et al. equation 3: d^-.5 min(t^-.5, t w^-1.5)."""
+  warmup, width = 40, 16
+  _, rate = make(lr=width ** -.5 * warmup ** -.5, schedule=dict(name='rsqrt', warmup='40 steps'))
+  for t in (1, 17, 40, 41, 99):
+    np.testing.assert_allclose(
+        rate(t), width ** -.5 * min(t ** -.5, t * warmup ** -1.5), rtol=1e-6)
+
+
+def test_step_schedule():
+  _, rate = make(lr=1., schedule=dict(name='step', boundaries=('3 epochs', '60%'), factor=0.1))
+  np.testing.assert_allclose([rate(t) for t in (29, 30, 59, 60)], [1, .1, .1, .01], rtol=1e-5)
+
+
+def test_adamw_equals_optax():
+  tx, _ = make(lr=0.1, weight_decay=0.3, clip_norm=0., decay_mask='.',
+               schedule=dict(name='constant'))
+  chex.assert_trees_all_close(one_update(tx), one_update(optax.adamw(0.1, weight_decay=0.3)))
+
+
+def test_sgd_with_momentum_equals_optax_over_steps():
+  tx, _ = make(name='sgd', lr=0.1, clip_norm=0., schedule=dict(name='constant'))
+  ours, peer = tx.init(PARAMS), optax.sgd(0.1, momentum=0.9)
+  theirs = peer.init(PARAMS)
+  for i in range(3):
+    grads = jax.tree.map(lambda p: p * (i + 1), PARAMS)
+    mine, ours = tx.update(grads, ours, PARAMS)
+    other, theirs = peer.update(grads, theirs, PARAMS)
+    chex.assert_trees_all_close(mine, other)
+
+
+def test_lamb_equals_optax():
+  tx, _ = make(name='lamb', args=dict(eps=1e-6), lr=0.1, weight_decay=0.1, clip_norm=0.,
+               decay_mask='.', schedule=dict(name='constant'))
+  chex.assert_trees_all_close(one_update(tx), one_update(optax.lamb(0.1, weight_decay=0.1)),
+                              rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', sorted(optim.OPTIMIZERS))
+def test_every_optimizer_descends(name):
+  tx, _ = make(name=name, lr=0.05, schedule=dict(name='constant'))
+  params = {'w': {'kernel': jnp.array([[3., -2.], [1., 4.]])}}
+  loss = lambda p: jnp.sum(p['w']['kernel'] ** 2)
+  state = tx.init(params)
+  before = loss(params)
+  for _ in range(10):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    params = optax.apply_updates(params, updates)
+  assert loss(params) < before
+
+
+def test_decay_touches_only_the_mask():
+  tx, _ = make(name='sgd', lr=1., weight_decay=0.5, clip_norm=0., decay_mask='block/kernel$',
+               schedule=dict(name='constant'))
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  updates = one_update(tx, grads=zeros)
+  np.testing.assert_allclose(updates['block']['kernel'], -0.5)
+  for leaf in (updates['block']['bias'], updates['head']['kernel'], updates['head']['bias']):
+    np.testing.assert_allclose(leaf, 0.)
+
+
+def test_learning_rate_multipliers_take_the_first_match():
+  tx, _ = make(name='sgd', lr=1., clip_norm=0., schedule=dict(name='constant'),
+               lr_multipliers=(('^head/', 10.), ('kernel', 0.1)))
+  updates = one_update(tx)
+  np.testing.assert_allclose(updates['head']['kernel'], -10.)
+  np.testing.assert_allclose(updates['head']['bias'], -10.)
+  np.testing.assert_allclose(updates['block']['kernel'], -0.1, rtol=1e-6)
+  np.testing.assert_allclose(updates['block']['bias'], -1.)
+
+
+def test_frozen_parameters_have_no_update_no_state_and_no_share_in_the_norm():
+  tx, _ = make(lr=1., weight_decay=0.1, clip_norm=1., freeze='^block/',
+               schedule=dict(name='constant'))
+  updates = one_update(tx)
+  chex.assert_trees_all_equal(updates['block'], jax.tree.map(jnp.zeros_like, PARAMS['block']))
+  state_size = sum(x.size for x in jax.tree.leaves(tx.init(PARAMS)) if x.ndim)
+  assert state_size == 2 * sum(x.size for x in jax.tree.leaves(PARAMS['head']))
+  # Clipping sees the trained gradients only: with a huge frozen one, the rest is not squeezed.
+  sgd, _ = make(name='sgd', lr=1., clip_norm=1., freeze='^block/', schedule=dict(name='constant'))
+  grads = {'block': jax.tree.map(lambda p: 1e6 * p, PARAMS['block']),
+           'head': jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), PARAMS['head'])}
+  np.testing.assert_allclose(one_update(sgd, grads=grads)['head']['kernel'], -0.1, rtol=1e-6)
+
+
+def test_clip_by_global_norm():
+  tx, _ = make(name='sgd', lr=1., clip_norm=2., schedule=dict(name='constant'))
+  updates = one_update(tx, grads=jax.tree.map(lambda p: 100 * jnp.ones_like(p), PARAMS))
+  np.testing.assert_allclose(optax.global_norm(updates), 2., rtol=1e-5)
+
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(name='adma'), 'valid: sgd, adam'),
+    (dict(schedule=dict(name='cosin')), "did you mean 'cosine'"),
+    (dict(args=dict(beta=1)), 'config.optim.args'),
+    (dict(freeze='nothing_like_it'), 'matches no parameter'),
+    (dict(freeze='.'), 'freezes every parameter'),
+    (dict(freeze='('), 'not a regular expression'),
+    (dict(weight_decay=.1, decay_mask='kernle'), 'matches no parameter'),
+    (dict(lr_multipliers=(('haed', 2.),)), 'matches no parameter'),
+    (dict(schedule=dict(warmup='200 steps')), 'longer than the run')])
+def test_bad_configs_are_one_line(changes, match):
+  with pytest.raises(UserError, match=match):
+    make(**changes)

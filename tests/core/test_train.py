@@ -1,0 +1,145 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core import checkpoint, metrics, train
+from core.config import RunFailed, UserError
+from core.plan import make_plan
+from vit_family import classification
+
+
+def lines(workdir):
+  return metrics.read(workdir / 'metrics.jsonl')
+
+
+@pytest.fixture
+def short(smoke):
+  """Without evaluators, the loop alone."""
+  config = smoke()
+  config.data.splits.validation = config.data.splits.test = ''
+  return config
+
+
+def test_leaves_what_it_promises(smoke, tmp_path, capfd):
+  train.train(smoke(), tmp_path)
+  for name in ('config.json', 'metrics.jsonl', 'checkpoints/4', 'pictures/learning_curves.png',
+               'pictures/predictions.png', 'pictures/rollout.png',
+               'pictures/position_similarity.png'):
+    assert (tmp_path / name).exists(), name
+  assert list(tmp_path.glob('events.out.tfevents*'))
+  assert json.loads((tmp_path / 'config.json').read_text())['batch_size'] == 8
+  found = lines(tmp_path)
+  assert [line['step'] for line in found] == [2, 4, 4]
+  assert {'train/loss', 'train/accuracy', 'train/grad_norm', 'train/learning_rate'} <= set(found[0])
+  assert {'validation/loss', 'validation/accuracy', 'test/loss', 'test/accuracy'} <= set(found[2])
+  out = capfd.readouterr().out
+  assert 'train 2/4  loss' in out and 'ETA' in out and 'sharding on mesh' in out
+
+
+def test_a_finished_run_starts_and_ends_again_without_a_step(short, tmp_path, capfd):
+  train.train(short, tmp_path)
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  train.train(short, tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+  assert 'is complete' in capfd.readouterr().out
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    short, tmp_path, monkeypatch):
+  real = classification.Task.loss
+
+  def breaks(self, params, batch, rng, train):
+    value, aux = real(self, params, batch, rng, train)
+    # The key is fold_in(seed, step): the one of the sixth update identifies it inside the step.
+    bad = jnp.all(jax.random.key_data(rng) == jax.random.key_data(
+        jax.random.fold_in(jax.random.key(0), 5)))
+    return jnp.where(bad, jnp.nan, 1.) * value, aux
+  monkeypatch.setattr(classification.Task, 'loss', breaks)
+  short.steps = '9 steps'
+  short.log_every = '8 steps'
+  short.checkpoint.every = '4 steps'
+  with pytest.raises(RunFailed, match='step 6: grad_norm is nan; .*last good checkpoint is step 4'
+                     '|step 6: loss is nan; .*last good checkpoint is step 4'):
+    train.train(short, tmp_path)
+  plan = make_plan(short)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+  assert checkpoints.steps() == [4]
+  state, _ = checkpoints.restore(plan.state_shape)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_another_config_is_refused_and_named(short, tmp_path):
+  train.train(short, tmp_path)
+  short.optim.lr = 0.5
+  with pytest.raises(UserError, match=r'another config \(optim.lr: 0.002 -> 0.5\).*--force'):
+    train.train(short, tmp_path)
+  assert json.loads((tmp_path / 'config.json').read_text())['optim']['lr'] == 0.002
+  short.steps = '5 steps'
+  train.train(short, tmp_path, force=True)
+  assert lines(tmp_path)[-1]['step'] == 5
+
+
+def test_starts_from_another_run(short, tmp_path):
+  train.train(short, tmp_path / 'a')
+  short.init_from = str(tmp_path / 'a')
+  short.optim.lr = 0.
+  train.train(short, tmp_path / 'b')
+  plan = make_plan(short)
+  read = lambda name: checkpoint.Checkpoints(
+      tmp_path / name / 'checkpoints').restore_params(plan.params_shape)[0]
+  for a, b in zip(jax.tree.leaves(read('a')), jax.tree.leaves(read('b'))):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('path, match', [('/no/such/file.npz', 'no such file'),
+                                         (__file__, 'not a .npz')])
+def test_bad_init_from(short, tmp_path, path, match):
+  short.init_from = path
+  with pytest.raises(UserError, match=match):
+    train.train(short, tmp_path)
+
+
+def test_reuse_batch(short, tmp_path):
+  short.data.reuse_batch = True
+  short.steps = '12 steps'
+  short.log_every = '1'
+  train.train(short, tmp_path)
+  losses = [line['train/loss'] for line in lines(tmp_path)]
+  assert losses[-1] < losses[0] - 0.1
+
+
+def test_profile_window(short, tmp_path):
+  short.profile.first, short.profile.steps = 2, 2
+  train.train(short, tmp_path)
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_the_step_compiles_once_in_a_run(short, tmp_path, monkeypatch):
+  plans = []
+  monkeypatch.setattr(train, 'make_plan', lambda c: plans.append(make_plan(c)) or plans[-1])
+  short.steps = '7 steps'
+  train.train(short, tmp_path)
+  assert plans[0].train_step._cache_size() == 1
+
+
+def test_the_window_sums_in_any_number_of_pieces():
+  rng = np.random.default_rng(0)
+  steps = [{'loss': (np.float32(a), np.float32(b))} for a, b in rng.uniform(.1, 3, (7, 2))]
+  whole = metrics.Window()
+  for i, m in enumerate(steps):
+    whole.add(i, m)
+  first = metrics.Window()
+  for i, m in enumerate(steps[:3]):
+    first.add(i, m)
+  second = metrics.Window(json.loads(json.dumps(first.sums())))
+  for i, m in enumerate(steps[3:]):
+    second.add(i, m)
+  assert whole.flush() == second.flush()
+  expected = sum(float(m['loss'][0]) for m in steps) / sum(float(m['loss'][1]) for m in steps)
+  first.add(0, {'loss': (np.float32('nan'), np.float32(1))})
+  with pytest.raises(RunFailed, match='step 0: loss is nan'):
+    first.sums()
+  assert expected > 0

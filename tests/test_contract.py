@@ -1,0 +1,114 @@
+"""What every paper's config and task must do; runs over every file in configs/."""
+
+import functools
+import importlib
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from core import checkpoint, config as config_lib, metrics, task as task_lib, train
+from core.data import pipeline
+from core.plan import make_plan
+
+
+def _first_batch(plan):
+  rows = pipeline.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
+  stream = pipeline.train_stream(
+      plan.task.dataset('train'), functools.partial(plan.task.transform, train=True),
+      batch_size=plan.config.batch_size, rows=rows, seed=plan.config.seed)
+  batch = next(stream)
+  stream.close()
+  return batch, rows
+
+
+def test_top_level_keys_are_the_same_everywhere(paper):
+  module = importlib.import_module(f'configs.{paper}')
+  for arg in ('', 'smoke', *module.PARAMETERS):
+    config_lib.validate(module.get_config(arg))
+
+
+def test_batch_spec_is_what_the_pipeline_gives(paper, smoke):
+  plan = make_plan(smoke(paper))
+  batch, _ = _first_batch(plan)
+  pipeline.check_against_spec(batch, plan.task.batch_spec(plan.config.batch_size))
+  again = task_lib.load(smoke(paper)).batch_spec(plan.config.batch_size)
+  assert set(batch) >= set(again)
+
+
+def test_loss_falls_when_one_batch_is_memorised(paper, smoke):
+  config = smoke(paper)
+  config.steps = '40 steps'
+  config.optim.lr = 3e-3
+  config.optim.schedule.name = 'constant'
+  plan = make_plan(config)
+  batch, rows = _first_batch(plan)
+  batch = pipeline.to_device(batch, plan.batch_sharding, config.batch_size, rows)
+  state = plan.init(jax.random.key(0))
+  losses = []
+  for _ in range(plan.steps):
+    state, found = plan.train_step(state, batch)
+    total, weight = found['loss']
+    losses.append(float(total) / float(weight))
+  assert losses[-1] < 0.7 * losses[0], losses
+  assert plan.train_step._cache_size() == 1, 'the step compiled more than once'
+
+
+def _state(workdir: pathlib.Path, config):
+  plan = make_plan(config)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+  state, _ = checkpoints.restore(plan.state_shape)
+  checkpoints.close()
+  return jax.device_get(state)
+
+
+def _timeless(workdir: pathlib.Path):
+  return [{k: v for k, v in line.items() if not k.startswith('time/')}
+          for line in metrics.read(workdir / 'metrics.jsonl')]
+
+
+def test_resumed_run_is_bitwise_the_unbroken_one(paper, smoke, tmp_path):
+  """Also runs every evaluator, and resumes in the middle of a logging window."""
+  config = smoke(paper)
+  config.log_every = '3 steps'
+  config.checkpoint.keep = 5
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  train.train(config, whole)
+  assert _state(whole, config).step == 4
+  # The broken run died after step 3 was logged, and its newest checkpoint is step 2.
+  broken.mkdir()
+  shutil.copy(whole / 'config.json', broken)
+  shutil.copytree(whole / 'checkpoints' / '2', broken / 'checkpoints' / '2')
+  lines = (whole / 'metrics.jsonl').read_text().splitlines()
+  (broken / 'metrics.jsonl').write_text(lines[0] + '\n' + lines[1][:20])
+  train.train(config, broken)
+  chex.assert_trees_all_equal(_state(whole, config), _state(broken, config))
+  assert _timeless(whole) == _timeless(broken)
+  names = {k for line in _timeless(whole) for k in line}
+  plan = make_plan(config)
+  for name in plan.task.evaluators():
+    assert any(k.startswith(f'{name}/') for k in names) or name == 'pictures', names
+
+
+def test_published_parameter_counts(paper):
+  module = importlib.import_module(f'configs.{paper}')
+  assert module.PARAMETERS, 'a paper has published sizes'
+  for arg, expected in module.PARAMETERS.items():
+    task = task_lib.load(module.get_config(arg))
+    shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    count = sum(p.size for p in jax.tree.leaves(shapes))
+    assert count == expected, f'{arg}: {count:,} parameters, published {expected:,}'
+
+
+def test_task_opens_no_file_when_made(paper, monkeypatch):
+  module = importlib.import_module(f'configs.{paper}')
+  config = module.get_config('')
+  config.data.data_dir = '/nowhere'
+  monkeypatch.setenv('TFDS_DATA_DIR', '/nowhere')
+  task_lib.load(config).batch_spec(2)
+  assert not pathlib.Path('/nowhere').exists()
