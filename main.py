@@ -55,6 +55,9 @@ def _parse(argv: list[str]):
                              if p.name not in ('__init__.py', 'common.py')))
     raise UserError(f'--config={path}: no such file; there are {there or "none here: run from a checkout"}')
   try:
+    if {'--help', '-h', '--helpfull'} & set(argv):
+      print(__doc__ + '\n' + FLAGS.module_help(__name__))
+      sys.exit(0)
     rest = FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
     text = str(e.args[0]) if e.args else str(e)

@@ -93,8 +93,8 @@ def inspect(config: ml_collections.ConfigDict) -> None:
   print('\none element of the training data')
   source = plan.task.dataset(plan.task.train_split)
   element = plan.task.transform(source[0], np.random.default_rng(config.seed), True)
-  pipeline.check_against_spec({k: np.asarray(v)[None] for k, v in element.items()},
-                              plan.task.batch_spec(1))
+  batch = {k: np.asarray(v)[None] for k, v in element.items()}
+  pipeline.check_against_spec({**batch, 'mask': np.ones(1, np.float32)}, plan.task.batch_spec(1))
   for name, value in element.items():
     value = np.asarray(value)
     text = f'{value}' if value.size <= 8 else f'from {value.min()} to {value.max()}'

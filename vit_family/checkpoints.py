@@ -7,6 +7,7 @@ number each type by itself. Blocks are stored one by one; ours may be stacked by
 
 import pathlib
 import re
+import zipfile
 
 import flax
 import jax
@@ -70,7 +71,7 @@ def read_npz(path: str, params):
   try:
     with np.load(path, allow_pickle=False) as archive:
       flat = {name: archive[name] for name in archive.files}
-  except (ValueError, OSError, AttributeError, EOFError) as e:
+  except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as e:
     raise UserError(f'{path}: not a .npz of arrays ({e}); public ViT checkpoints end in '
                     '.npz') from e
   return from_public(flat, scan='encoderblock' in params['Transformer'])

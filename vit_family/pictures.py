@@ -6,6 +6,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -54,10 +55,11 @@ def heat(rolled: np.ndarray, token: bool) -> np.ndarray:
 
 
 def _overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-  """Darkens what was not attended to, as in ViT figure 6. Returns float `[h, w, 3]` in [0, 1]."""
-  big = cv2.resize(heatmap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-  rgb = np.broadcast_to(image, (*image.shape[:2], 3)) / 255
-  return rgb * (0.25 + 0.75 * big[..., None])
+  """The image in grey under the heat in colour: `[h, w, 3]` in [0, 1]."""
+  size = image.shape[1::-1]
+  big = cv2.resize(heatmap, size, interpolation=cv2.INTER_LINEAR)
+  grey = image.mean(-1, keepdims=True) / 255
+  return 0.4 * grey + 0.6 * colormaps['inferno'](big)[..., :3]
 
 
 def _show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> None:
@@ -82,7 +84,7 @@ def prediction(image: np.ndarray, rolled: np.ndarray, top: list[dict], path: pat
   figure = Figure(figsize=(9, 3), layout='constrained')
   left, middle, right = figure.subplots(1, 3)
   _show(left, image, 'input, as the model saw it')
-  _show(middle, _overlay(image, heat(rolled, token)), 'attention rollout')
+  _show(middle, _overlay(image, heat(rolled, token)), 'attention rollout (bright: read most)')
   names = [record['class'] for record in top][::-1]
   values = [record['probability'] for record in top][::-1]
   right.barh(range(len(names)), values, color='tab:blue')
@@ -161,7 +163,7 @@ def rollouts(image, weights, token: bool, path: pathlib.Path) -> None:
   for above, below, one, w in zip(grid[0], grid[1], image, weights):
     _show(above, one)
     _show(below, _overlay(one, heat(rollout(w), token)))
-  figure.suptitle('input, and where its class came from (attention rollout)', fontsize=10)
+  figure.suptitle('input, and what its class was read from (attention rollout, bright is most)', fontsize=10)
   figure.savefig(path, dpi=120)
 
 

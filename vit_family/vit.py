@@ -52,6 +52,8 @@ class VisionTransformer(nn.Module):
     head_bias_init: constant the head's bias starts at; -10 for sigmoid pretraining.
     dropout_rate: after the position embeddings, the attention projection and both MLP layers.
     attention_dropout_rate: of the attention weights, 0 in every published configuration.
+    activation: of the MLPs, a key of `blocks.ACTIVATIONS`: the public JAX code has the tanh form of
+      GELU, torch ports the exact one.
     dtype: computation dtype; parameters, statistics and logits are float32.
     scan: one compiled encoder block instead of `depth`.
     remat: what the backward pass computes again: 'none', 'dots' or 'full'.
@@ -67,6 +69,7 @@ class VisionTransformer(nn.Module):
   head_bias_init: float = 0.0
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
+  activation: str = 'gelu_tanh'
   dtype: Any = jnp.float32
   scan: bool = False
   remat: str = 'none'
@@ -97,8 +100,8 @@ class VisionTransformer(nn.Module):
       x = jnp.concatenate([cls, x], axis=1)
     x = Encoder(
         depth=self.depth, mlp_dim=self.mlp_dim, heads=self.heads, dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate, dtype=self.dtype, scan=self.scan,
-        remat=self.remat, name='Transformer')(x, train=train)
+        attention_dropout_rate=self.attention_dropout_rate, activation=self.activation,
+        dtype=self.dtype, scan=self.scan, remat=self.remat, name='Transformer')(x, train=train)
     features = {'encoded': x}
     x = x[:, 0] if self.classifier == 'token' else x.mean(axis=1)
     features['pooled'] = x
@@ -161,6 +164,7 @@ class Encoder(nn.Module):
   heads: int
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
+  activation: str = 'gelu_tanh'
   dtype: Any = jnp.float32
   scan: bool = False
   remat: str = 'none'
@@ -174,7 +178,8 @@ class Encoder(nn.Module):
     def make_block(name):
       return blocks.TransformerBlock(
           heads=self.heads, mlp_dim=self.mlp_dim, dropout_rate=self.dropout_rate,
-          attention_dropout_rate=self.attention_dropout_rate, dtype=self.dtype, name=name)
+          attention_dropout_rate=self.attention_dropout_rate, activation=self.activation,
+          dtype=self.dtype, name=name)
 
     x = blocks.run_blocks(make_block, self.depth, x, prefix='encoderblock', scan=self.scan,
                           remat=self.remat, train=train)

@@ -188,7 +188,8 @@ def test_scan_and_unrolled_models_agree(dtype):
   a, _ = jax.jit(unrolled.apply)({'params': params}, x)
   b, _ = jax.jit(scanned.apply)({'params': stacked}, x)
   assert a.dtype == b.dtype == jnp.float32
-  np.testing.assert_allclose(a, b, atol=1e-4 if dtype == jnp.float32 else 0.1)
+  # The logits reach 10; bfloat16 has under three digits, and the two compile differently.
+  np.testing.assert_allclose(a, b, atol=1e-4 if dtype == jnp.float32 else 0.3)
 
 
 def test_dropout_acts_in_training_only():

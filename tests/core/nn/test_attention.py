@@ -115,7 +115,8 @@ def test_dropout_drops_weights_and_keeps_their_mean():
   rng = jax.random.key(3)
   out = attention.dot_product_attention(q, k, v, dropout_rate=0.5, dropout_rng=rng)
   assert np.std(out) > 0.01
-  np.testing.assert_allclose(np.mean(out), 1, atol=0.02)
+  # The mean of 384 rows, each with a standard deviation of about 0.2.
+  np.testing.assert_allclose(np.mean(out), 1, atol=0.05)
   calm = attention.dot_product_attention(q, k, v, dropout_rate=0.5)
   np.testing.assert_allclose(calm, 1, atol=1e-5)
 

@@ -1,0 +1,50 @@
+"""Throughline: attention, from translation to everything else, behind one JAX trainer."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name='throughline',
+    version='0.1.0',
+    description='The line of papers that took attention from translation to everything else, '
+                'in JAX and Flax, behind one trainer',
+    long_description=pathlib.Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    # configs, tests, benchmarks and main are used from a checkout, not installed.
+    packages=find_packages(include=['core', 'core.*', 'vit_family', 'vit_family.*']),
+    install_requires=[
+        'absl-py>=2.1',
+        'array-record>=0.8',
+        'etils[epath]>=1.12',
+        'flax>=0.12.8,<0.13',
+        'grain>=0.2.18,<0.3',
+        'jax>=0.10.2,<0.11',
+        'matplotlib>=3.9,<4',
+        'ml-collections>=1.1,<2',
+        'numpy>=2.0,<3',
+        'opencv-python-headless>=4.11,<6',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'scikit-learn>=1.5,<2',        # carries the embedded handwritten digits
+        'scipy>=1.14,<2',
+        'tensorboardX>=2.6.2,<3',
+        'tensorflow-datasets>=4.9.10,<5',  # reads prepared data without TensorFlow
+        'tqdm>=4.66,<5',
+    ],
+    extras_require={
+        'test': ['chex>=0.1.91,<0.2', 'pillow', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4'],
+        'tpu': ['libtpu'],             # on a TPU, and to compile for one elsewhere
+        'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
+        'prepare': ['tensorflow>=2.18', 'apache-beam', 'importlib_resources'],  # for some tfds sets; never imported in training
+        # torch first, so that pip takes this build and not the newest with its CUDA packages.
+        'parity': ['torch==2.13.0', 'transformers>=4.50', 'safetensors>=0.5'],
+    },
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.11',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
