@@ -73,7 +73,8 @@ class Task(task.Task):
   @functools.cache
   def dataset(self, split):
     data = self.config.data
-    return sources.open_source(data.name, data.splits[split], data_dir=data.data_dir or None)
+    return sources.open_source(data.name, data.splits[split], data_dir=data.data_dir or None,
+                               features=('image', 'label'))
 
   def transform(self, example, rng, train):
     data = self.config.data
