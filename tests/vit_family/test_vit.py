@@ -14,6 +14,11 @@ from core.nn import losses
 from vit_family import vit
 
 
+# One instruction to the compiler, where the default generator is twenty rounds of them for each
+# parameter: most of the time that compiling an init takes.
+RNG = jax.random.key(0, impl='unsafe_rbg')
+
+
 def shapes(name, patch, size=224, classes=1000, **kwargs):
   """Parameter shapes of a published model, without memory or compilation."""
   model = vit.VisionTransformer(classes, patch, **dataclasses.asdict(vit.VARIANTS[name]), **kwargs)
@@ -105,15 +110,15 @@ def images(batch=3, size=16):
 
 
 def init(model, x):
-  return nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), x))['params']
+  return nn.meta.unbox(jax.jit(model.init)(RNG, x))['params']
 
 
 @pytest.mark.parametrize('bias', [0.0, -10.0])
 @pytest.mark.parametrize('classifier', ['token', 'gap'])
 def test_logits_start_at_the_head_bias(bias, classifier):
-  model = tiny(head_bias_init=bias, classifier=classifier)
+  model = tiny(depth=1, head_bias_init=bias, classifier=classifier)
   x = images()
-  logits, _ = model.apply({'params': init(model, x)}, x)
+  (logits, _), _ = jax.jit(model.init_with_output)(RNG, x)
   np.testing.assert_array_equal(logits, np.full((3, 10), bias))
   onehot = jax.nn.one_hot(jnp.arange(3), 10)
   np.testing.assert_allclose(losses.softmax_cross_entropy(logits, onehot), np.log(10), rtol=1e-6)
@@ -123,7 +128,7 @@ def test_logits_start_at_the_head_bias(bias, classifier):
 
 
 def test_the_first_token_starts_the_same_for_all_images():
-  model = tiny()
+  model = tiny(depth=1)
   x = images()
   params = init(model, x)
   assert not params['cls'].any()
@@ -142,10 +147,10 @@ def test_the_first_token_starts_the_same_for_all_images():
 @pytest.mark.parametrize('representation_size', [None, 16, 24])
 def test_shapes_of_both_classifiers_with_and_without_representation(
     classifier, tokens, representation_size):
-  model = tiny(classifier=classifier, representation_size=representation_size)
+  model = tiny(depth=1, classifier=classifier, representation_size=representation_size)
   x = images()
-  params = init(model, x)
-  logits, features = model.apply({'params': params}, x)
+  (logits, features), boxed = jax.jit(model.init_with_output)(RNG, x)
+  params = nn.meta.unbox(boxed)['params']
   assert logits.shape == (3, 10)
   assert features['encoded'].shape == (3, tokens, 16)
   assert features['pooled'].shape == (3, 16)
@@ -180,7 +185,8 @@ def test_patches_are_embedded_like_the_convolution_whose_kernel_is_stored():
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_scan_and_unrolled_models_agree(dtype):
   x = images()
-  unrolled, scanned = tiny(dtype=dtype), tiny(dtype=dtype, scan=True, remat='dots')
+  unrolled = tiny(depth=2, dtype=dtype)
+  scanned = unrolled.clone(scan=True, remat='dots')
   params = init(unrolled, x)
   params['head']['kernel'] = jax.random.normal(jax.random.key(1), (16, 10))
   stacked = params | {'Transformer': blocks.stack_layers(params['Transformer'], 'encoderblock')}
@@ -193,12 +199,15 @@ def test_scan_and_unrolled_models_agree(dtype):
 
 
 def test_dropout_acts_in_training_only():
-  model = tiny(dropout_rate=0.3, attention_dropout_rate=0.2)
+  model = tiny(depth=1, dropout_rate=0.3, attention_dropout_rate=0.2)
   x = images()
   params = init(model, x)
-  encoded = lambda **kwargs: model.apply({'params': params}, x, **kwargs)[1]['encoded']
-  np.testing.assert_array_equal(encoded(), tiny().apply({'params': params}, x)[1]['encoded'])
-  a, b = (encoded(train=True, rngs={'dropout': jax.random.key(i)}) for i in (0, 1))
+  calm, never = (jax.jit(m.apply)({'params': params}, x)[1]['encoded']
+                 for m in (model, tiny(depth=1)))
+  np.testing.assert_array_equal(calm, never)
+  encoded = jax.jit(lambda rng: model.apply(
+      {'params': params}, x, train=True, rngs={'dropout': rng})[1]['encoded'])
+  a, b = (encoded(jax.random.key(i)) for i in (0, 1))
   assert not np.allclose(a, b)
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,11 +53,16 @@ def oracle(x, p, norm, epsilon, activation, mask, memory, memory_mask):
   return x
 
 
-def randomised(params, seed=0):
+def random_params(module, *args, **kwargs):
   """Every parameter away from its init, so that no scale or bias is invisible."""
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda a: (a + 0.3 * rng.normal(size=a.shape)).astype(np.float32),
-                      nn.meta.unbox(params))
+  # Only the shapes are asked for: compiling an init takes longer than most tests.
+  shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs))['params']
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return (mean + 0.4 * rng.normal(size=leaf.shape)).astype(np.float32)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize('norm, activation, causal, padded, cross, epsilon', [
@@ -79,7 +86,7 @@ def test_block_matches_a_float64_oracle(norm, activation, causal, padded, cross,
       epsilon=epsilon)
   inputs = {'mask': mask if padded else None, 'memory': memory,
             'memory_mask': memory_mask if cross and padded else None}
-  params = randomised(block.init(jax.random.key(0), x, **inputs)['params'])
+  params = random_params(block, x, **inputs)
   out = jax.jit(block.apply)({'params': params}, x, **inputs)
   want = oracle(x.astype(np.float64), jax.tree.map(lambda a: a.astype(np.float64), params), norm,
                 epsilon, activation, mask & np.tri(6, dtype=bool) if causal else mask, memory,
@@ -89,12 +96,12 @@ def test_block_matches_a_float64_oracle(norm, activation, causal, padded, cross,
 
 def test_bfloat16_computes_in_bfloat16_over_float32_parameters():
   block = blocks.TransformerBlock(heads=2, mlp_dim=16, dtype=jnp.bfloat16)
-  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-  params = nn.meta.unbox(block.init(jax.random.key(1), x)['params'])
+  x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+  params = nn.meta.unbox(jax.jit(block.init)(jax.random.key(1), x))['params']
   assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype('float32')}
-  out = block.apply({'params': params}, x)
+  out = jax.jit(block.apply)({'params': params}, x)
   assert out.dtype == jnp.bfloat16
-  full = block.clone(dtype=jnp.float32).apply({'params': params}, x)
+  full = jax.jit(block.clone(dtype=jnp.float32).apply)({'params': params}, x)
   np.testing.assert_allclose(out.astype(jnp.float32), full, atol=0.1)
 
 
@@ -105,7 +112,7 @@ def test_layer_norm_and_its_gradients_match_float64(epsilon):
   x = (rng.normal(size=(3, 4, 16)) + 20).astype(np.float32)
   probe = rng.normal(size=x.shape)
   module = blocks.layer_norm(epsilon, jnp.float32, 'norm')
-  params = randomised(module.init(jax.random.key(0), x)['params'])
+  params = random_params(module, x)
 
   def loss(params, x):
     out = module.apply({'params': params}, x)
@@ -146,7 +153,7 @@ class Tower(nn.Module):
     def make(name):
       return blocks.TransformerBlock(heads=2, mlp_dim=16, cross=True, causal=True, name=name,
                                      dropout_rate=self.dropout_rate)
-    return blocks.run_blocks(make, 3, x, prefix='layer', scan=self.scan, remat=self.remat,
+    return blocks.run_blocks(make, 2, x, prefix='layer', scan=self.scan, remat=self.remat,
                              train=train, memory=memory, memory_mask=mask)
 
 
@@ -158,35 +165,35 @@ def tower_inputs():
       size=(2, 4, 6)).astype(np.float32), mask
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_scanned_and_unrolled_stacks_agree(remat):
+@functools.cache
+def run_tower(scan, remat):
+  """Gradients, output and attention of a tower, in the scanned layout."""
   inputs = tower_inputs()
-  unrolled, scanned = Tower(False, remat), Tower(True, remat)
-  params = randomised(unrolled.init(jax.random.key(0), *inputs)['params'])
-  stacked = blocks.stack_layers(params, 'layer')
+  params = random_params(Tower(False), *inputs)
 
-  def run(module, params):
-    def loss(params):
-      out, state = module.apply({'params': params}, *inputs, mutable=['intermediates'])
-      return (out ** 2).sum(), (out, state['intermediates'])
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
-  grads, (out, seen) = run(unrolled, params)
-  scanned_grads, (scanned_out, scanned_seen) = run(scanned, stacked)
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-  close(out, scanned_out)
-  jax.tree.map(close, blocks.stack_layers(grads, 'layer'), scanned_grads)
-  # What the blocks sow is stacked the same way.
-  jax.tree.map(close, blocks.stack_layers(seen, 'layer'), scanned_seen)
-  weights = scanned_seen['layer']['MultiHeadDotProductAttention_1']['attention'][0]
-  assert weights.shape == (3, 2, 2, 5, 4)
+  def loss(params):
+    out, state = Tower(scan, remat).apply({'params': params}, *inputs, mutable=['intermediates'])
+    return (out ** 2).mean(), (out, state['intermediates'])
+  stack = functools.partial(blocks.stack_layers, prefix='layer')
+  grads, (out, seen) = jax.jit(jax.grad(loss, has_aux=True))(stack(params) if scan else params)
+  return (grads, out, seen) if scan else (stack(grads), out, stack(seen))
+
+
+@pytest.mark.parametrize('scan, remat', [(True, 'none'), (True, 'dots'), (False, 'full')])
+def test_scanned_and_recomputed_stacks_agree_with_the_plain_one(scan, remat):
+  want, got = run_tower(False, 'none'), run_tower(scan, remat)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+  # What the blocks sow is stacked like the parameters.
+  weights = got[2]['layer']['MultiHeadDotProductAttention_1']['attention'][0]
+  assert weights.shape == (2, 2, 2, 5, 4)
 
 
 def test_scanned_layers_start_different_and_are_named():
-  boxed = Tower(True).init(jax.random.key(0), *tower_inputs())['params']
+  boxed = jax.jit(Tower(True).init)(jax.random.key(0), *tower_inputs())['params']
   kernel = boxed['layer']['MlpBlock_0']['Dense_0']['kernel']
   assert kernel.names == ('layers', 'embed', 'mlp')
   value = kernel.unbox()
-  assert value.shape == (3, 8, 16)
+  assert value.shape == (2, 8, 16)
   assert not np.allclose(value[0], value[1])
 
 
@@ -194,13 +201,13 @@ def test_scanned_layers_start_different_and_are_named():
 def test_dropout_differs_from_layer_to_layer_and_is_off_in_evaluation(scan):
   inputs = tower_inputs()
   tower = Tower(scan, dropout_rate=0.5)
-  params = tower.init(jax.random.key(0), *inputs)
-  apply = lambda seed: tower.apply(params, *inputs, train=True, rngs={'dropout': seed})
+  params = {'params': random_params(tower, *inputs)}
+  apply = jax.jit(lambda seed: tower.apply(params, *inputs, train=True, rngs={'dropout': seed}))
   a, b, again = apply(jax.random.key(1)), apply(jax.random.key(2)), apply(jax.random.key(1))
   assert not np.allclose(a, b)
   np.testing.assert_array_equal(a, again)
-  calm = tower.apply(params, *inputs)
-  np.testing.assert_array_equal(calm, Tower(scan).apply(params, *inputs))
+  calm, never = (jax.jit(t.apply)(params, *inputs) for t in (tower, Tower(scan)))
+  np.testing.assert_array_equal(calm, never)
 
   # One layer's weights in every layer: were the masks equal, so would be the branches' zeros.
   class Drops(nn.Module):
