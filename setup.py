@@ -40,7 +40,7 @@ setup(
         'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
         'prepare': ['tensorflow>=2.18', 'apache-beam', 'importlib_resources'],  # for some tfds sets; never imported in training
         # torch first, so that pip takes this build and not the newest with its CUDA packages.
-        'parity': ['torch==2.13.0', 'transformers>=4.50', 'safetensors>=0.5'],
+        'parity': ['torch==2.13.0', 'transformers>=5.23.0,<6', 'safetensors>=0.5'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

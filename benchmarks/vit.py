@@ -6,8 +6,8 @@
 Needs torch and transformers, which the project itself does not. Both sides do the same work in one
 process on the same images: a training step is forward, backward and AdamW; inference is the logits.
 Rounds alternate between the two, so that whatever else the machine does hits both alike, and the
-medians are compared. Each side runs the GELU that its users get: ours is the tanh form of the public
-JAX code, transformers' ViT defaults to the exact one; --peer_gelu=tanh gives both the same.
+medians are compared. Each side runs the GELU that its users get: ours is the tanh form of the
+public JAX code, transformers' ViT defaults to the exact one; --peer_gelu=tanh gives both the same.
 """
 
 import argparse
@@ -161,7 +161,8 @@ def main():
       ratios = [t / o for o, t in zip(seconds['ours'], seconds['torch'])]
       line = f'ViT-{name}/{PATCH} {what:5}'
       for side, s in median.items():
-        line += f'  {side} {args.batch / s:8.2f} images/s (best {args.batch / min(seconds[side]):.2f})'
+        best = args.batch / min(seconds[side])
+        line += f'  {side} {args.batch / s:8.2f} images/s (best {best:.2f})'
         if peak:
           flops = forward_flops(variant, args.size) * args.batch * (3 if what == 'train' else 1)
           line += f', {flops / s / peak:.1%} of peak'

@@ -65,12 +65,12 @@ def _digits(smoke: bool = False) -> ml_collections.ConfigDict:
                           eval_crop='resize'))
   config.data.splits.validation = 'validation'
   config.batch_size = 64
-  config.steps = '60 epochs'
+  config.steps = '45 epochs'
   config.optim.lr = 2e-3
   config.optim.weight_decay = 0.05
   config.optim.schedule.warmup = '5%'
-  config.eval.every = '10 epochs'
-  config.checkpoint.every = '10 epochs'
+  config.eval.every = '15 epochs'
+  config.checkpoint.every = '15 epochs'
   config.checkpoint.best = 'validation/accuracy'
   if smoke:
     config.model.variant = 'mu'

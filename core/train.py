@@ -96,20 +96,26 @@ class _Loop:
       self.progress.say(f'the run of {plan.steps} steps in {self.workdir} is complete')
     try:
       with _Stop() as stop, self._stream(start) as stream:
-        self._clock = (time.monotonic(), start, stream.waited)
+        self._clock, self._starved, running = (time.monotonic(), start), 0., None
         for step in range(start + 1, plan.steps + 1):
           self.profile.before(step)
-          state, step_metrics = plan.train_step(state, next(stream))
+          waited = stream.waited
+          batch = next(stream)
+          # While the step before still runs, waiting here costs nothing: the host is ahead.
+          if running is not None and running.is_ready():
+            self._starved += stream.waited - waited
+          state, step_metrics = plan.train_step(state, batch)
+          running = step_metrics['loss'][0]
           if step == start + 1:
             jax.block_until_ready(state)
             self.progress.say(f'first step done after {time.monotonic() - self._clock[0]:.1f} s '
                               '(compilation included)')
-            self._clock = (time.monotonic(), step, stream.waited)
+            self._clock, self._starved = (time.monotonic(), step), 0.
           self.window.add(step, step_metrics)
           self.profile.after(step, state)
           self.progress.advance(step)
           stopping = stop.reached(step)
-          self._after(step, state, stream, stopping)
+          self._after(step, state, stopping)
           if stopping:
             break
       self.checkpoints.wait()
@@ -164,11 +170,11 @@ class _Loop:
       return pipeline.to_device(batch, plan.batch_sharding, plan.config.batch_size, rows)
     return pipeline.prefetch(stream, put)
 
-  def _after(self, step: int, state, stream, stopping: bool) -> None:
+  def _after(self, step: int, state, stopping: bool) -> None:
     """Logs, evaluates and saves what is due after `step` updates."""
     last = step == self.plan.steps
     if step % self.log_every == 0 or last:
-      self._log(step, stream)
+      self._log(step)
     values = None
     due = [] if stopping and not last else self.evaluators.due(step)
     if due:
@@ -186,26 +192,26 @@ class _Loop:
       if stopping and not last:
         self.progress.say(f'stopped by a signal; saved step {step}')
 
-  def _log(self, step: int, stream) -> None:
+  def _log(self, step: int) -> None:
     values = self.window.flush()  # waits for the device, so the clock below is honest
-    began, first, waited = self._clock
+    began, first = self._clock
     now = time.monotonic()
     seconds = max(now - began, 1e-9)
     line = {f'train/{k}': v for k, v in sorted(values.items())}
     if step > first:
       line['time/examples_per_second'] = (step - first) * self.plan.config.batch_size / seconds
-      line['time/input_wait_share'] = min((stream.waited - waited) / seconds, 1.)
+      line['time/input_wait_share'] = min(self._starved / seconds, 1.)
     self.writer.write(step, line)
     shown = {'loss': values['loss']}
     if 'time/examples_per_second' in line:
       shown['examples/s'] = line['time/examples_per_second']
     self.progress.show(step, shown)
-    self._clock = (now, step, stream.waited)
+    self._clock, self._starved = (now, step), 0.
 
   def _pause(self, seconds: float) -> None:
     """Keeps time that was not training out of the examples-per-second."""
-    began, first, waited = self._clock
-    self._clock = (began + seconds, first, waited)
+    began, first = self._clock
+    self._clock = (began + seconds, first)
 
 
 class _Stop:

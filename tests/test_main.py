@@ -86,6 +86,14 @@ def test_predict_an_image_and_a_folder(trained, tmp_path):
   assert 'c.png' in one_line(err)
 
 
+def test_profile_window(tmp_path):
+  """In a process of its own: the profiler cannot start where a TPU's compiler was loaded."""
+  run(SMOKE, f'--workdir={tmp_path}', '--config.profile.first=2', '--config.profile.steps=2',
+      '--config.data.splits.test=', '--config.data.splits.validation=',
+      '--config.checkpoint.best=')
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
 def test_export_writes_the_public_names_and_loads_back(trained, tmp_path):
   run(SMOKE, f'--workdir={trained}', '--mode=export')
   with np.load(trained / 'export.npz', allow_pickle=False) as archive:

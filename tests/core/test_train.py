@@ -111,12 +111,6 @@ def test_reuse_batch(short, tmp_path):
   assert losses[-1] < losses[0] - 0.1
 
 
-def test_profile_window(short, tmp_path):
-  short.profile.first, short.profile.steps = 2, 2
-  train.train(short, tmp_path)
-  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
-
-
 def test_the_step_compiles_once_in_a_run(short, tmp_path, monkeypatch):
   plans = []
   monkeypatch.setattr(train, 'make_plan', lambda c: plans.append(make_plan(c)) or plans[-1])

@@ -28,7 +28,7 @@ def test_zero_head_gives_the_bias_and_the_known_losses():
   for loss, bias, expected in (
       ('softmax', 0., np.log(10)), ('sigmoid', -10., 10 * np.log1p(np.exp(-10.)) + 10)):
     task = task_of(model__loss=loss, model__head_bias_init=bias)
-      params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+    params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
     batch = {name: jnp.ones(s.shape, s.dtype) for name, s in task.batch_spec(3).items()}
     np.testing.assert_allclose(jax.jit(task.logits)(params, batch), bias)
     value, aux = jax.jit(task.loss, static_argnums=3)(params, batch, jax.random.key(0), False)
