@@ -1,6 +1,6 @@
 """Vision Transformer (arXiv 2010.11929).
 
-configs/vit.py                   handwritten digits on two CPU cores, about a minute
+configs/vit.py                   handwritten digits on two CPU cores, a minute and a half
 configs/vit.py:smoke             the same in seconds, for tests
 configs/vit.py:b16,imagenet2012  a published size on a data set of this file
 configs/vit.py:b16,folder        ... on your own images: --config.data.name=folder:PATH
