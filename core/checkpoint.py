@@ -104,7 +104,7 @@ class Checkpoints:
     def read(step):
       saved = self._manager.item_metadata(step)['state']
       key = 'ema' if saved['ema'] is not None else 'params'
-      compare_shapes(_shapes(saved[key]), _shapes(params_shape), self._where(step))
+      compare_shapes(shapes(saved[key]), shapes(params_shape), self._where(step))
       return self._manager.restore(step, args=ocp.args.Composite(
           state=_restore_args({key: params_shape}, partial=True))).state[key], step
 
@@ -148,7 +148,7 @@ class Checkpoints:
   def _check_same_model(self, step: int, state_shape) -> None:
     """Raises `UserError` naming the first parameters whose shapes differ from the saved ones."""
     saved = self._manager.item_metadata(step)['state']
-    compare_shapes(_shapes(saved['params']), _shapes(state_shape.params), self._where(step))
+    compare_shapes(shapes(saved['params']), shapes(state_shape.params), self._where(step))
     if (saved['ema'] is None) != (state_shape.ema is None):
       raise UserError(f'{self._where(step)} was saved {"without" if saved["ema"] is None else "with"}'
                       ' a moving average of the parameters; set config.ema as it was')
@@ -160,7 +160,8 @@ def _restore_args(shape, partial: bool = False):
       partial_restore=partial)
 
 
-def _shapes(params) -> dict[str, tuple[int, ...]]:
+def shapes(params) -> dict[str, tuple[int, ...]]:
+  """Name of every parameter -> its shape, for `compare_shapes`."""
   return {partition.path_name(path): tuple(p.shape)
           for path, p in jax.tree_util.tree_leaves_with_path(params)}
 

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from core import partition
-from core.checkpoint import Checkpoints, compare_shapes
+from core.checkpoint import Checkpoints, compare_shapes, shapes
 from core.config import UserError
 from core.plan import Plan
 
@@ -38,8 +37,6 @@ def read_params(plan: Plan, path: str):
   if not epath.Path(path).exists():
     raise UserError(f'config.init_from={path!r}: no such file or workdir')
   params = plan.task.load_pretrained(path, plan.params_shape)
-  shapes = lambda tree: {partition.path_name(p): tuple(x.shape)
-                         for p, x in jax.tree_util.tree_leaves_with_path(tree)}
   compare_shapes(shapes(params), shapes(plan.params_shape), path)
   return jax.tree.map(
       lambda x, s: jax.device_put(np.asarray(x, s.dtype), s.sharding), params, plan.params_shape)

@@ -17,6 +17,7 @@ import optax
 from flax import linen as nn
 
 from core.config import UserError
+from core.data.pipeline import Source
 
 
 @flax.struct.dataclass
@@ -32,14 +33,6 @@ class Aux:
   """
   weight: jax.Array
   metrics: Mapping[str, tuple[jax.Array, jax.Array]]
-
-
-class Source(Protocol):
-  """Random access to examples; picklable, and safe to read from several threads."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class Evaluator(Protocol):

@@ -98,10 +98,13 @@ class Task(task.Task):
       return images.resize(image, size)
     return images.central_crop(images.resize_small(image, size * 8 // 7), size)
 
+  def inputs(self, batch) -> jax.Array:
+    """float32 images in [-1, 1] from the batch's uint8; runs on the device."""
+    return batch['image'].astype(jnp.float32) / 127.5 - 1
+
   def logits(self, params, batch, train: bool = False, rngs=None):
-    """float32 `[batch, classes]` from uint8 images; scaling to [-1, 1] happens on the device."""
-    image = batch['image'].astype(jnp.float32) / 127.5 - 1
-    return self.model.apply({'params': params}, image, train=train, rngs=rngs)[0]
+    """float32 `[batch, classes]`."""
+    return self.model.apply({'params': params}, self.inputs(batch), train=train, rngs=rngs)[0]
 
   def loss(self, params, batch, rng, train):
     logits = self.logits(params, batch, train, {'dropout': rng})

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 
 def attention(task, params, batch) -> tuple[jax.Array, jax.Array]:
   """Logits `[batch, classes]` and attention weights `[layers, batch, heads, tokens, tokens]`."""
-  image = batch['image'].astype(jnp.float32) / 127.5 - 1
-  (logits, _), sown = task.model.apply({'params': params}, image, mutable=['intermediates'])
+  (logits, _), sown = task.model.apply({'params': params}, task.inputs(batch), mutable=['intermediates'])
   layers = sown['intermediates']['Transformer']
   get = lambda layer: layer['MultiHeadDotProductAttention_0']['attention'][0]
   if 'encoderblock' in layers:
