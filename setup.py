@@ -36,7 +36,8 @@ setup(
     ],
     extras_require={
         'test': ['chex>=0.1.91,<0.2', 'pillow', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4'],
-        'tpu': ['libtpu'],             # on a TPU, and to compile for one elsewhere
+        # On a TPU, and to compile for one elsewhere. Older ones describe some slices otherwise.
+        'tpu': ['libtpu>=0.0.51,<0.1'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
         'prepare': ['tensorflow>=2.18', 'apache-beam', 'importlib_resources'],  # for some tfds sets; never imported in training
         # torch first, so that pip takes this build and not the newest with its CUDA packages.

@@ -16,6 +16,8 @@ from core.config import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MIB = 2**20
+# More than a trivial program takes besides its arguments: 86 KiB to 2.1 MiB, by libtpu's version.
+OVERHEAD = 4 * MIB
 SMALLEST = {'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 
 
@@ -122,8 +124,8 @@ def compile_with_arguments_of(size, device):
 def test_the_limit_is_the_compilers_own(libtpu, generation):
   device = topologies.devices(topologies.parse(SMALLEST[generation]))[0]
   limit = topologies.GENERATIONS[generation].hbm
-  memory = topologies.memory(compile_with_arguments_of(limit - MIB, device))
-  assert limit - MIB <= memory['total'] <= limit
+  memory = topologies.memory(compile_with_arguments_of(limit - OVERHEAD, device))
+  assert limit - OVERHEAD <= memory['total'] <= limit
   for too_much in (MIB, 4 * 2**30):
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
       compile_with_arguments_of(limit + too_much, device)
@@ -140,7 +142,7 @@ def test_a_donated_argument_is_not_counted_twice(libtpu):
   memory = topologies.memory(jax.jit(
       lambda x: x + 1, in_shardings=here, out_shardings=here, donate_argnums=0).lower(x).compile())
   assert memory['arguments'] == memory['outputs'] == memory['aliased'] == 10 * 2**30
-  assert memory['total'] - 10 * 2**30 == memory['temporaries'] + memory['code'] < MIB
+  assert memory['total'] - 10 * 2**30 == memory['temporaries'] + memory['code'] < OVERHEAD
 
 
 @pytest.mark.tpu
