@@ -48,10 +48,11 @@ def forward_flops(variant: vit.Variant, size: int) -> int:
   return 2 * (variant.depth * block + patches + width * CLASSES)
 
 
-def ours(variant, images, labels, dtype, scan) -> dict[str, Callable[[], None]]:
+def ours(variant, images, labels, dtype, scan, remat) -> dict[str, Callable[[], None]]:
   """Our training step and inference as functions that return when the work is done."""
   model = vit.VisionTransformer(
-      CLASSES, PATCH, **dataclasses.asdict(variant), dtype=dtype, scan=scan)
+      CLASSES, PATCH, **dataclasses.asdict(variant), dtype=dtype, scan=scan,
+      remat=remat)
   optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
   images, labels = jnp.asarray(images), jnp.asarray(labels)
 
@@ -128,7 +129,10 @@ def main():
   parser.add_argument('--batch', type=int, default=128 if gpu else 16)
   parser.add_argument('--size', type=int, default=224, help='side of the images in pixels')
   parser.add_argument('--rounds', type=int, default=20 if gpu else 7)
-  parser.add_argument('--scan', action='store_true', help='our encoder as one scanned block')
+  parser.add_argument('--scan', action=argparse.BooleanOptionalAction, default=True,
+                      help='our encoder as one scanned block, as in our configs')
+  # A CPU waits for memory sooner than for arithmetic: computing again beats keeping.
+  parser.add_argument('--remat', default='none' if gpu else 'dots', help='none, dots or full')
   parser.add_argument('--peer_gelu', choices=('exact', 'tanh'), default='exact')
   parser.add_argument('--threads', type=int, default=os.cpu_count(),
                       help="torch's threads; XLA always takes all cores")
@@ -146,7 +150,8 @@ def main():
 
   for name in args.variants.split(','):
     variant = vit.VARIANTS[name]
-    sides = {'ours': ours(variant, images, labels, jnp.bfloat16 if gpu else jnp.float32, args.scan),
+    sides = {'ours': ours(variant, images, labels, jnp.bfloat16 if gpu else jnp.float32, args.scan,
+                          args.remat),
              'torch': peer(variant, images, labels, gpu, args.peer_gelu)}
     for what in ('train', 'infer'):
       seconds = {side: [] for side in sides}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from core import partition
 
@@ -100,6 +101,14 @@ def _xla(query, key, value, mask, causal, dropout_rate, dropout_rng, return_weig
     mask = triangle if mask is None else mask & triangle
   query = query * jnp.asarray(head_dim ** -0.5, query.dtype)
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+  if not return_weights and not dropout_rate:
+    # Dividing after the product touches head_dim numbers a query instead of k_len.
+    exp, total = _masked_exp(scores, mask)
+    out = jnp.einsum('bhqk,bkhd->bqhd', exp.astype(value.dtype), value,
+                     preferred_element_type=jnp.float32)
+    out = (out / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
+    # Small beside the scores it took: rematerialisation may keep it (`blocks.run_blocks`).
+    return checkpoint_name(out, 'attention')
   weights = masked_softmax(scores, mask)
   kept = weights
   if dropout_rate:
@@ -119,13 +128,20 @@ def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
   Returns:
     float32 like `scores`; a row with nothing to count is all zeros.
   """
-  if mask is None:
-    return jax.nn.softmax(scores, axis=-1)
-  scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+  exp, total = _masked_exp(scores, mask)
+  return exp / total
+
+
+def _masked_exp(scores, mask):
+  """Numerators of a softmax `[..., k]` and what they are divided by `[..., 1]`."""
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
   exp = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+  if mask is None:
+    return exp, exp.sum(axis=-1, keepdims=True)
   exp = jnp.where(mask, exp, 0.0)
   total = exp.sum(axis=-1, keepdims=True)
-  return exp / jnp.where(total > 0.0, total, 1.0)
+  return exp, jnp.where(total > 0.0, total, 1.0)
 
 
 def _cudnn(query, key, value, mask, causal):
