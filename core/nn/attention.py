@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from core import partition
 
@@ -106,9 +105,7 @@ def _xla(query, key, value, mask, causal, dropout_rate, dropout_rng, return_weig
     exp, total = _masked_exp(scores, mask)
     out = jnp.einsum('bhqk,bkhd->bqhd', exp.astype(value.dtype), value,
                      preferred_element_type=jnp.float32)
-    out = (out / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
-    # Small beside the scores it took: rematerialisation may keep it (`blocks.run_blocks`).
-    return checkpoint_name(out, 'attention')
+    return (out / jnp.swapaxes(total, 1, 2)).astype(value.dtype)
   weights = masked_softmax(scores, mask)
   kept = weights
   if dropout_rate:

@@ -24,10 +24,8 @@ ACTIVATIONS = {
 _REMAT_POLICIES = {
     # Keep nothing but a block's input.
     'full': None,
-    # Keep the results of matrix products with parameters and of attention, compute the rest again.
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names('attention')),
+    # Keep the results of matrix products with parameters, compute the rest again.
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -199,7 +197,7 @@ def run_blocks(
     prefix: name of the blocks' parameters.
     scan: whether to compile one block and loop, or all of them.
     remat: 'none', 'full' (keep only the blocks' inputs for the backward pass) or 'dots' (also keep
-      the products with parameters and what attention puts out).
+      the products with parameters).
     train: passed to every block.
     **inputs: arrays (or None) that every block gets alike, such as masks and memory.
 
