@@ -1,9 +1,9 @@
-"""Images on the way to the model: decode, resize, crop, flip, normalise.
+"""Images on the way to the model: decode, resize, crop, flip.
 
 Everything is numpy and OpenCV, takes and gives `[height, width, channels]` arrays, and draws
 randomness only from the `numpy.random.Generator` it is handed, so an example's pixels are a
 function of its seed. Conventions are those of the Vision Transformer's public code: bilinear
-without antialiasing, area for `resize_small`, values in [-1, 1].
+without antialiasing, area for `resize_small`. Values stay uint8; models scale them on the device.
 """
 
 import struct
@@ -283,8 +283,3 @@ def random_affine(
   matrix[:, 2] += dx, dy
   out = cv2.warpAffine(image, matrix, (w, h), flags=cv2.INTER_LINEAR)
   return out[..., None] if out.ndim == 2 else out
-
-
-def normalise(image: np.ndarray) -> np.ndarray:
-  """Maps 0..255 to float32 in [-1, 1], as every public ViT expects: (x - 127.5) / 127.5."""
-  return (image.astype(np.float32) - 127.5) / 127.5

@@ -266,9 +266,3 @@ def test_random_affine_against_inverse_mapping(angle, shift, scale):
 def test_random_affine_keeps_uint8_and_colour():
   out = images.random_affine(picture(), np.random.default_rng(0), 10, 0.1, (0.9, 1.1))
   assert out.shape == (60, 80, 3) and out.dtype == np.uint8
-
-
-def test_normalise():
-  out = images.normalise(np.array([[[0, 255, 128]]], np.uint8))
-  assert out.dtype == np.float32
-  np.testing.assert_allclose(out, [[[-1, 1, 0.5 / 127.5]]], rtol=1e-5)
