@@ -53,7 +53,8 @@ def _parse(argv: list[str]):
   if path and not pathlib.Path(path.split(':', 1)[0]).is_file():
     there = ', '.join(sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
                              if p.name not in ('__init__.py', 'common.py')))
-    raise UserError(f'--config={path}: no such file; there are {there or "none here: run from a checkout"}')
+    raise UserError(f'--config={path}: no such file; there are '
+                    f'{there or "none here: run from a checkout"}')
   try:
     if {'--help', '-h', '--helpfull'} & set(argv):
       print(__doc__ + '\n' + FLAGS.module_help(__name__))

@@ -16,9 +16,9 @@ setup(
     # configs, tests, benchmarks and main are used from a checkout, not installed.
     packages=find_packages(include=['core', 'core.*', 'vit_family', 'vit_family.*']),
     install_requires=[
-        'absl-py>=2.1',
-        'array-record>=0.8',
-        'etils[epath]>=1.12',
+        'absl-py>=2.1,<3',
+        'array-record>=0.8,<0.9',
+        'etils[epath]>=1.12,<2',
         'flax>=0.12.8,<0.13',
         'grain>=0.2.18,<0.3',
         'jax>=0.10.2,<0.11',
@@ -28,6 +28,7 @@ setup(
         'opencv-python-headless>=4.11,<6',
         'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12.8,<0.13',
+        'safetensors>=0.5,<1',
         'scikit-learn>=1.5,<2',        # carries the embedded handwritten digits
         'scipy>=1.14,<2',
         'tensorboardX>=2.6.2,<3',
@@ -35,13 +36,14 @@ setup(
         'tqdm>=4.66,<5',
     ],
     extras_require={
-        'test': ['chex>=0.1.91,<0.2', 'pillow', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4'],
+        'test': ['chex>=0.1.91,<0.2', 'pillow>=11,<14', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4'],
         # On a TPU, and to compile for one elsewhere. Older ones describe some slices otherwise.
         'tpu': ['libtpu>=0.0.51,<0.1'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
-        'prepare': ['tensorflow>=2.18', 'apache-beam', 'importlib_resources'],  # for some tfds sets; never imported in training
+        # For some tfds sets; never imported in training.
+        'prepare': ['tensorflow>=2.18,<3', 'apache-beam>=2.60,<3', 'importlib_resources>=6,<8'],
         # torch first, so that pip takes this build and not the newest with its CUDA packages.
-        'parity': ['torch==2.13.0', 'transformers>=5.23.0,<6', 'safetensors>=0.5'],
+        'parity': ['torch==2.13.0', 'transformers>=5.23.0,<6'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -111,7 +111,7 @@ class Checkpoints:
     return self._newest(read)[0]
 
   def _newest(self, read) -> tuple[Any, list[int]]:
-    """Tries `read(step)` from the newest step down; returns its result and the steps that failed."""
+    """Tries `read(step)` from the newest down; returns its result and the steps that failed."""
     damaged = []
     for step in reversed(self.steps()):
       problem, result = '', None
@@ -150,8 +150,9 @@ class Checkpoints:
     saved = self._manager.item_metadata(step)['state']
     compare_shapes(shapes(saved['params']), shapes(state_shape.params), self._where(step))
     if (saved['ema'] is None) != (state_shape.ema is None):
-      raise UserError(f'{self._where(step)} was saved {"without" if saved["ema"] is None else "with"}'
-                      ' a moving average of the parameters; set config.ema as it was')
+      kept = 'without' if saved['ema'] is None else 'with'
+      raise UserError(f'{self._where(step)} was saved {kept} a moving average of the parameters; '
+                      'set config.ema as it was')
 
 
 def _restore_args(shape, partial: bool = False):

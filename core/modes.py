@@ -81,7 +81,8 @@ def inspect(config: ml_collections.ConfigDict) -> None:
     print(f'{partition.path_name(path):<{width}}  {str(tuple(p.shape)):<22} {p.size:>14,}')
   print(f'{"parameters":<{width}}  {"":<22} {sum(p.size for _, p in leaves):>14,}\n')
 
-  state_bytes = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(plan.state_shape))
+  state_bytes = sum(math.prod(s.shape) * s.dtype.itemsize
+                    for s in jax.tree.leaves(plan.state_shape))
   print(partition.report(plan.params_shape, plan.state_sharding.params))
   print(f'with optimizer state {partition.human_bytes(state_bytes)} over all devices\n')
 

@@ -6,8 +6,10 @@ import pathlib
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_force_host_platform_device_count=8').strip()
+# Tests compile far more than they compute: unoptimised code takes half the time in all.
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8 '
+    '--xla_backend_optimization_level=0').strip()
 # Shared by all test processes and by those they start. Data sets are written once, atomically.
 _SHARED = pathlib.Path(tempfile.gettempdir()) / f'throughline-tests-{getpass.getuser()}'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_SHARED / 'xla'))
