@@ -9,16 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from core import partition
+from core.nn import attention
 from core.nn import blocks
 from core.nn import positions
+from vit_family import resnet
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """The size of an encoder (ViT table 1; Ti and S from "How to train your ViT" table 1)."""
+  """The size of an encoder.
+
+  B, L and H are ViT table 1, Ti and S "How to train your ViT" table 1, g and G "Scaling Vision
+  Transformers" (arXiv 2106.04560), M and So400m big_vision's.
+  """
   width: int
   depth: int
   mlp_dim: int
@@ -31,6 +38,10 @@ VARIANTS = {
     'B': Variant(768, 12, 3072, 12),
     'L': Variant(1024, 24, 4096, 16),
     'H': Variant(1280, 32, 5120, 16),
+    'g': Variant(1408, 40, 6144, 16),
+    'G': Variant(1664, 48, 8192, 16),
+    'M': Variant(512, 12, 2048, 8),
+    'So400m': Variant(1152, 27, 4304, 16),
     # Ours, for the small runs on a laptop.
     'mini': Variant(64, 6, 128, 4),
     # For tests: big_vision's mu, and vit_jax's "testing".
@@ -38,25 +49,37 @@ VARIANTS = {
     'testing': Variant(10, 1, 10, 2),
 }
 
+CLASSIFIERS = ('token', 'gap', 'map')
+
 
 class VisionTransformer(nn.Module):
   """Image classifier: patches, position embeddings, pre-norm encoder, head (section 3.1).
 
+  With `stages` it is a hybrid: the patches are cut from the feature map of a ResNet, whose
+  parameters sit beside those of the encoder, as in the public files.
+
   Attributes:
     num_classes: size of the head.
-    patch_size: side of a square patch in pixels.
+    patch_size: side of a square patch in pixels, in a hybrid in cells of the feature map.
     width, depth, mlp_dim, heads: size of the encoder, see `VARIANTS`.
-    classifier: 'token' reads an extra first token, 'gap' averages all tokens and has no extra one.
+    classifier: 'token' reads an extra first token, 'gap' averages all tokens and has no extra one,
+      'map' reads them through `MAPHead` and has no extra one.
+    stages: residual units in each stage of the ResNet (see `resnet.BACKBONES`), () for its stem
+      alone, None for no ResNet.
+    width_factor: multiplies all channels of the ResNet.
     representation_size: width of the tanh layer `pre_logits` of the original pretraining; None for
       none, as in fine-tuning and in the AugReg checkpoints.
     head_bias_init: constant the head's bias starts at; -10 for sigmoid pretraining.
     dropout_rate: after the position embeddings, the attention projection and both MLP layers.
     attention_dropout_rate: of the attention weights, 0 in every published configuration.
+    stochastic_depth: how often the last block's branches are left out for an example in training;
+      the rate grows linearly from 0 at the first block ("How to train your ViT" section 3.3).
     activation: of the MLPs, a key of `blocks.ACTIVATIONS`: the public JAX code has the tanh form of
       GELU, torch ports the exact one.
     dtype: computation dtype; parameters, statistics and logits are float32.
     scan: one compiled encoder block instead of `depth`.
-    remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+    remat: what the backward pass computes again, of blocks and residual units: 'none', 'dots' (all
+      but matrix products and convolutions) or 'full'.
   """
   num_classes: int
   patch_size: int
@@ -65,10 +88,13 @@ class VisionTransformer(nn.Module):
   mlp_dim: int
   heads: int
   classifier: str = 'token'
+  stages: tuple[int, ...] | None = None
+  width_factor: int = 1
   representation_size: int | None = None
   head_bias_init: float = 0.0
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
+  stochastic_depth: float = 0.0
   activation: str = 'gelu_tanh'
   dtype: Any = jnp.float32
   scan: bool = False
@@ -81,17 +107,20 @@ class VisionTransformer(nn.Module):
 
     Args:
       images: `[batch, height, width, channels]` float in [-1, 1]; the sides are multiples of the
-        patch size.
-      train: switches dropout on, drawn from the rng 'dropout'.
+        patch size, in a hybrid times the downsampling of the ResNet.
+      train: switches dropout and stochastic depth on, drawn from the rng 'dropout'.
 
     Returns:
       float32 logits `[batch, classes]`, and what few-shot evaluation and pictures read:
       'encoded' `[batch, tokens, width]`, 'pooled' `[batch, width]` and 'pre_logits', the input of
       the head, `[batch, representation_size or width]`.
     """
-    if self.classifier not in ('token', 'gap'):
-      raise ValueError(f"classifier={self.classifier!r}: expected 'token' or 'gap'")
-    x = PatchEmbedding(self.patch_size, self.width, dtype=self.dtype, name='embedding')(images)
+    if self.classifier not in CLASSIFIERS:
+      raise ValueError(f'classifier={self.classifier!r}: expected one of {CLASSIFIERS}')
+    x = images
+    if self.stages is not None:
+      x = resnet.backbone(x, self.stages, self.width_factor, dtype=self.dtype, remat=self.remat)
+    x = PatchEmbedding(self.patch_size, self.width, dtype=self.dtype, name='embedding')(x)
     if self.classifier == 'token':
       cls = self.param(
           'cls', nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed')),
@@ -100,10 +129,17 @@ class VisionTransformer(nn.Module):
       x = jnp.concatenate([cls, x], axis=1)
     x = Encoder(
         depth=self.depth, mlp_dim=self.mlp_dim, heads=self.heads, dropout_rate=self.dropout_rate,
-        attention_dropout_rate=self.attention_dropout_rate, activation=self.activation,
+        attention_dropout_rate=self.attention_dropout_rate,
+        stochastic_depth=self.stochastic_depth, activation=self.activation,
         dtype=self.dtype, scan=self.scan, remat=self.remat, name='Transformer')(x, train=train)
     features = {'encoded': x}
-    x = x[:, 0] if self.classifier == 'token' else x.mean(axis=1)
+    if self.classifier == 'token':
+      x = x[:, 0]
+    elif self.classifier == 'gap':
+      x = x.mean(axis=1)
+    else:
+      x = MAPHead(self.heads, self.mlp_dim, activation=self.activation, dtype=self.dtype,
+                  name='MAPHead_0')(x)
     features['pooled'] = x
     if self.representation_size is not None:
       x = jnp.tanh(nn.Dense(
@@ -164,6 +200,7 @@ class Encoder(nn.Module):
   heads: int
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
+  stochastic_depth: float = 0.0
   activation: str = 'gelu_tanh'
   dtype: Any = jnp.float32
   scan: bool = False
@@ -172,6 +209,8 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """`[batch, tokens, width]` -> the same."""
+    if not 0.0 <= self.stochastic_depth < 1.0:
+      raise ValueError(f'stochastic_depth={self.stochastic_depth}: expected a rate in [0, 1)')
     x = positions.LearnedPositions(dtype=self.dtype, name='posembed_input')(x)
     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
@@ -181,6 +220,43 @@ class Encoder(nn.Module):
           attention_dropout_rate=self.attention_dropout_rate, activation=self.activation,
           dtype=self.dtype, name=name)
 
+    layer_inputs = {}
+    if self.stochastic_depth and train:
+      layer_inputs['branch_drop_rate'] = np.linspace(
+          0.0, self.stochastic_depth, self.depth, dtype=np.float32)
     x = blocks.run_blocks(make_block, self.depth, x, prefix='encoderblock', scan=self.scan,
-                          remat=self.remat, train=train)
+                          remat=self.remat, train=train, layer_inputs=layer_inputs)
     return blocks.layer_norm(1e-6, self.dtype, 'encoder_norm')(x)
+
+
+class MAPHead(nn.Module):
+  """Multihead attention pooling ("Scaling Vision Transformers", arXiv 2106.04560).
+
+  A learned query attends to all tokens; an MLP around a residual follows. The parameters are those
+  of big_vision's files.
+
+  Attributes:
+    heads: attention heads.
+    mlp_dim: hidden width of the MLP.
+    activation: of the MLP, a key of `blocks.ACTIVATIONS`.
+    dtype: computation dtype.
+  """
+  heads: int
+  mlp_dim: int
+  activation: str = 'gelu_tanh'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[batch, tokens, width]` -> `[batch, width]`."""
+    batch, _, width = x.shape
+    probe = self.param(
+        'probe', nn.with_logical_partitioning(
+            nn.initializers.xavier_uniform(), (None, None, 'embed')), (1, 1, width), jnp.float32)
+    probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
+    x = attention.MultiHeadAttention(
+        heads=self.heads, dtype=self.dtype, name='MultiHeadDotProductAttention_0')(probe, x)
+    y = blocks.layer_norm(1e-6, self.dtype, 'LayerNorm_0')(x)
+    y = blocks.MlpBlock(self.mlp_dim, activation=self.activation, dtype=self.dtype,
+                        name='MlpBlock_0')(y)
+    return (x + y)[:, 0]

@@ -124,6 +124,7 @@ class TransformerBlock(nn.Module):
       mask: jax.Array | None = None,
       memory: jax.Array | None = None,
       memory_mask: jax.Array | None = None,
+      branch_drop_rate: jax.Array | float | None = None,
       train: bool = False,
   ) -> jax.Array:
     """Runs the block.
@@ -134,6 +135,9 @@ class TransformerBlock(nn.Module):
         a padding mask is `[batch, 1, 1, length]`.
       memory: `[batch, memory_length, memory_width]`, what cross-attention reads.
       memory_mask: bool, broadcastable to `[batch, heads, length, memory_length]`.
+      branch_drop_rate: scalar in [0, 1): in training, how often an example goes around a branch
+        (stochastic depth, Huang et al. 2016, with the kept branches scaled up instead of scaling
+        down in evaluation); None for never.
       train: switches dropout on, drawn from the rng 'dropout'.
 
     Returns:
@@ -159,6 +163,14 @@ class TransformerBlock(nn.Module):
           kernel_init=self.kernel_init, bias_init=self.mlp_bias_init,
           name='MlpBlock_0')(x, train=train)
 
+    def drop_branch(y):
+      if branch_drop_rate is None or not train:
+        return y
+      keep = jax.random.bernoulli(
+          self.make_rng('dropout'), 1.0 - branch_drop_rate, (y.shape[0], 1, 1))
+      # Scaled in float32: rounded to bfloat16 the factor would be off for every example alike.
+      return (y * jnp.where(keep, 1.0 / (1.0 - branch_drop_rate), 0.0)).astype(self.dtype)
+
     branches = [lambda x: attend(0, x, mask=mask, causal=self.causal)]
     if self.cross:
       branches.append(lambda x: attend(1, x, memory, mask=memory_mask))
@@ -167,7 +179,10 @@ class TransformerBlock(nn.Module):
     x = x.astype(self.dtype)
     for i, branch in enumerate(branches):
       norm = layer_norm(self.epsilon, self.dtype, f'LayerNorm_{i}')
-      x = x + branch(norm(x)) if self.norm == 'pre' else norm(x + branch(x))
+      if self.norm == 'pre':
+        x = x + drop_branch(branch(norm(x)))
+      else:
+        x = norm(x + drop_branch(branch(x)))
       x = partition.constrain(x, ('batch', 'length', 'embed'))
     return x
 
@@ -181,6 +196,7 @@ def run_blocks(
     scan: bool = False,
     remat: str = 'none',
     train: bool = False,
+    layer_inputs: Mapping[str, jax.Array | np.ndarray] | None = None,
     **inputs: jax.Array | None,
 ) -> jax.Array:
   """Runs `depth` blocks of equal shape one after the other; call it inside a compact module.
@@ -199,6 +215,7 @@ def run_blocks(
     remat: 'none', 'full' (keep only the blocks' inputs for the backward pass) or 'dots' (also keep
       the products with parameters).
     train: passed to every block.
+    layer_inputs: arrays `[depth, ...]`; block i gets row i under the same keyword.
     **inputs: arrays (or None) that every block gets alike, such as masks and memory.
 
   Returns:
@@ -207,8 +224,10 @@ def run_blocks(
   if remat != 'none' and remat not in _REMAT_POLICIES:
     raise ValueError(f'remat={remat!r}: expected one of {["none", *_REMAT_POLICIES]}')
 
-  def step(block, x, inputs):
-    return block(x, train=train, **inputs), None
+  layer_inputs = dict(layer_inputs or {})
+
+  def step(block, x, inputs, layer):
+    return block(x, train=train, **inputs, **layer), None
 
   if remat != 'none':
     # Inside a scan XLA cannot merge the second computation with the first, so it need not be
@@ -216,13 +235,14 @@ def run_blocks(
     step = nn.remat(step, policy=_REMAT_POLICIES[remat], prevent_cse=not scan)
   if scan:
     step = nn.scan(
-        step, length=depth, in_axes=nn.broadcast,
+        step, length=depth, in_axes=(nn.broadcast, 0),
         variable_axes={'params': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         metadata_params={nn.PARTITION_NAME: 'layers'})
-    return step(make_block(name=prefix), x, inputs)[0]
+    return step(make_block(name=prefix), x, inputs, layer_inputs)[0]
   for i in range(depth):
-    x, _ = step(make_block(name=f'{prefix}_{i}'), x, inputs)
+    layer = {name: rows[i] for name, rows in layer_inputs.items()}
+    x, _ = step(make_block(name=f'{prefix}_{i}'), x, inputs, layer)
   return x
 
 

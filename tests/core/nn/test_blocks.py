@@ -231,6 +231,61 @@ def test_dropout_differs_from_layer_to_layer_and_is_off_in_evaluation(scan):
   assert not np.array_equal(masks[0], masks[1])
 
 
+@pytest.mark.parametrize('scan, remat', [(False, 'none'), (True, 'none'), (True, 'full')])
+def test_layer_inputs_give_each_block_its_own_row(scan, remat):
+  class Affine(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, *, factor, shift, offset, train):
+      return x * factor + shift + offset + self.param('b', nn.initializers.zeros, ())
+
+  class Stack(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, offset):
+      rows = {'factor': np.array([2.0, 3.0, 5.0]), 'shift': jnp.array([[1.0], [10.0], [100.0]])}
+      return blocks.run_blocks(lambda name: Affine(name=name), 3, x, prefix='b', scan=scan,
+                               remat=remat, layer_inputs=rows, offset=offset)
+  x = jnp.full((1, 1, 1), 7.0)
+  out, _ = Stack().init_with_output(jax.random.key(0), x, 0.5)
+  np.testing.assert_array_equal(out, ((7 * 2 + 1.5) * 3 + 10.5) * 5 + 100.5)
+
+
+@pytest.mark.parametrize('norm', ['pre', 'post'])
+def test_a_dropped_branch_is_the_examples_own_and_the_others_are_scaled_up(norm):
+  block = blocks.TransformerBlock(heads=1, mlp_dim=4, norm=norm)
+  one = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+  x = np.repeat(one, 2000, axis=0)
+  params = random_params(block, one)
+  rate = 0.375
+
+  def run(x, rng):
+    return block.apply({'params': params}, x, branch_drop_rate=rate, train=True,
+                       rngs={'dropout': rng})
+  out = np.asarray(jax.jit(run)(x, jax.random.key(0)), np.float64)
+
+  # The four ways through the block, in float64.
+  p = jax.tree.map(np.float64, params)
+  branches = [lambda y: attend(y, y, p['MultiHeadDotProductAttention_0'], True),
+              lambda y: mlp(y, p['MlpBlock_0'], 'gelu_tanh')]
+  for kept in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    want = one.astype(np.float64)
+    for i, branch in enumerate(branches):
+      q, factor = p[f'LayerNorm_{i}'], kept[i] / (1 - rate)
+      if norm == 'pre':
+        want = want + factor * branch(layer_norm(want, q, 1e-6))
+      else:
+        want = layer_norm(want + factor * branch(want), q, 1e-6)
+    share = (abs(out - want).max((1, 2)) < 1e-4).mean()
+    expected = np.prod([1 - rate if k else rate for k in kept])
+    # Five standard deviations of a binomial share.
+    assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / 2000), (kept, share)
+  # In evaluation nothing is dropped, and nobody asks for random numbers.
+  np.testing.assert_array_equal(
+      block.apply({'params': params}, one, branch_drop_rate=rate),
+      block.apply({'params': params}, one))
+
+
 def test_stacking_and_unstacking_are_inverse_and_leave_the_rest_alone():
   tree = {f'layer_{i}': {'a': np.full((2,), i), 'b': {'c': np.arange(i, i + 3)}}
           for i in range(11)}
