@@ -24,6 +24,7 @@ setup(
         'jax>=0.10.2,<0.11',
         'matplotlib>=3.9,<4',
         'ml-collections>=1.1,<2',
+        'ml-dtypes>=0.5,<0.7',
         'numpy>=2.0,<3',
         'opencv-python-headless>=4.11,<6',
         'optax>=0.2.8,<0.3',

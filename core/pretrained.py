@@ -1,45 +1,77 @@
-"""Where the first parameters come from: `config.init_from` and what mode evaluate and export read."""
+"""Where the first parameters come from: `config.init_from` and what mode evaluate and export read.
+
+A source, be it foreign weights or a workdir of ours, is a table of names and shapes whose values
+are still on disk. Names and shapes are settled first; then each parameter is read, placed on its
+devices and dropped before the next one is read, so a host never holds the model twice.
+"""
 
 import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
+from core import partition
 from core.checkpoint import Checkpoints, compare_shapes, shapes
 from core.config import UserError
 from core.plan import Plan
+from core.weights import Weight, Weights, local_copy
 
 
 def load_into(plan: Plan, state, path: str):
-  """Replaces the fresh parameters of `state` (and their average) by those at `path`."""
-  params = read_params(plan, path)
-  return state.replace(params=params,
-                       ema=jax.tree.map(jax.numpy.copy, params) if state.ema is not None else None)
-
-
-def read_params(plan: Plan, path: str):
-  """Reads parameters from a workdir of ours or from foreign weights.
+  """Starts a training run from what is at `path` (transfer).
 
   Args:
     plan: the model.
-    path: a workdir (its newest checkpoint; the averaged parameters when it has them), or a file
-      that the task's `load_pretrained` knows.
+    state: a fresh `TrainState`. The buffers of the parameters that are replaced, and of their
+      average, are deleted one by one as the new ones arrive.
+    path: a workdir of ours, or foreign weights, local or at a URL.
+
+  Returns:
+    `state` with the new parameters; what the task lets stay fresh (a head) is kept.
+
+  Raises:
+    UserError: nothing there, unreadable, or another model.
+  """
+  names = [name for name, _ in _named(plan.params_shape)]
+  fresh = dict(_named(state.params))
+  averages = dict(_named(state.ema)) if state.ema is not None else {}
+  treedef = jax.tree.structure(plan.params_shape)
+  weights = _open_workdir(path) if _is_workdir(path) else _open_foreign(plan, path)
+  weights = _settle(plan, path, weights, transfer=True)
+  for name, placed in _placed(plan, weights, drop=lambda name: fresh[name].delete()):
+    fresh[name] = placed
+    if averages:
+      averages[name].delete()
+      averages[name] = jax.numpy.copy(placed)
+  collect = lambda found: treedef.unflatten([found[name] for name in names])
+  return state.replace(params=collect(fresh), ema=collect(averages) if averages else None)
+
+
+def read_params(plan: Plan, path: str):
+  """Reads parameters just as they are, for everything but training.
+
+  Args:
+    plan: the model.
+    path: a workdir (its newest checkpoint; the averaged parameters when it has them), or foreign
+      weights, local or at a URL.
 
   Returns:
     Parameters on their devices, in the plan's shardings.
 
   Raises:
-    UserError: nothing there, or another model.
+    UserError: nothing there, unreadable, or another model.
   """
-  if (pathlib.Path(path) / 'checkpoints').is_dir():
+  if _is_workdir(path):
     return restore_params(plan, pathlib.Path(path))[0]
-  if not epath.Path(path).exists():
-    raise UserError(f'config.init_from={path!r}: no such file or workdir')
-  params = plan.task.load_pretrained(path, plan.params_shape)
-  compare_shapes(shapes(params), shapes(plan.params_shape), path)
-  return jax.tree.map(
-      lambda x, s: jax.device_put(np.asarray(x, s.dtype), s.sharding), params, plan.params_shape)
+  weights = _settle(plan, path, _open_foreign(plan, path), transfer=False)
+  found = dict(_placed(plan, weights))
+  return jax.tree.structure(plan.params_shape).unflatten(
+      [found[name] for name, _ in _named(plan.params_shape)])
 
 
 def restore_params(plan: Plan, workdir: pathlib.Path):
@@ -52,3 +84,95 @@ def restore_params(plan: Plan, workdir: pathlib.Path):
   if restored is None:
     raise UserError(f'{workdir} holds no checkpoint; train first, or set --config.init_from')
   return restored
+
+
+def _named(tree) -> list[tuple[str, Any]]:
+  return [(partition.path_name(path), leaf)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _is_workdir(path: str) -> bool:
+  return (pathlib.Path(path) / 'checkpoints').is_dir()
+
+
+def _open_foreign(plan: Plan, path: str) -> Weights:
+  return plan.task.open_weights(local_copy(path))
+
+
+def _settle(plan: Plan, path: str, weights: Weights, transfer: bool) -> Weights:
+  """Lets the task adapt `weights`, holds names and shapes against the model, and reports."""
+  adapted, notes = plan.task.adapt(weights, plan.params_shape, transfer)
+  want = {name: shape for name, shape in shapes(plan.params_shape).items()
+          if name not in notes.fresh}
+  looks = f', which looks like {notes.looks_like},' if notes.looks_like else ''
+  compare_shapes({name: w.shape for name, w in adapted.items()}, want, f'{path}{looks}')
+  if jax.process_index() == 0:
+    parts = [f'{len(adapted)} tensors read']
+    for what, names in (('not used', notes.unused), ('fresh', notes.fresh),
+                        ('resized', notes.resized)):
+      parts.append(f'{what}: {_listed(names)}')
+    print(f'{path}{looks or ":"} {"; ".join(parts)}', flush=True)
+  return adapted
+
+
+def _listed(names: tuple[str, ...], show: int = 4) -> str:
+  more = f' and {len(names) - show} more' if len(names) > show else ''
+  return ', '.join(names[:show]) + more if names else 'none'
+
+
+def _placed(plan: Plan, weights: Weights, drop: Callable[[str], None] = lambda name: None,
+            ) -> Iterator[tuple[str, jax.Array]]:
+  """Yields (name, array on its devices), one at a time; `drop(name)` comes just before.
+
+  The layers of one parameter follow each other: a source that stores them stacked then reads the
+  stack once.
+  """
+  want = dict(_named(plan.params_shape))
+  for name in sorted(weights, key=lambda name: (re.sub(r'_\d+/', '/', name, count=1), name)):
+    target = want[name]
+    value = np.asarray(weights[name].read(), target.dtype)
+    drop(name)
+    # Every process reads the whole tensor and keeps the parts of its own devices.
+    yield name, jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index, value=value: value[index])
+    del value
+
+
+def _open_workdir(path: str) -> dict[str, Weight]:
+  """Parameters of a workdir's newest checkpoint (averaged where there is an average), unread."""
+  directory = (pathlib.Path(path) / 'checkpoints').absolute()
+  checkpoints = Checkpoints(directory)
+  try:
+    steps = checkpoints.steps()
+  finally:
+    checkpoints.close()
+  if not steps:
+    raise UserError(f'{path} holds no checkpoint; name another config.init_from')
+  where = f'checkpoint {steps[-1]} in {directory}'
+  source = directory / str(steps[-1]) / 'state'
+  reader = ocp.PyTreeCheckpointer()
+
+  def attempt(fn):
+    try:
+      return fn()
+    except Exception as e:  # pylint: disable=broad-except
+      # Whatever a damaged file makes the reader say, there is one way on.
+      reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+      raise UserError(f'{where} cannot be read ({reason}); move it away to use the one before '
+                      'it') from e
+
+  def read(keys: tuple[str, ...]) -> np.ndarray:
+    item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(keys):
+      item = {key: item}
+    tree = attempt(lambda: reader.restore(source, args=ocp.args.PyTreeRestore(
+        item=jax.tree.map(lambda _: 0, item), restore_args=item, partial_restore=True)))
+    for key in keys:
+      tree = tree[key]
+    return tree
+
+  saved = attempt(lambda: ocp.PyTreeCheckpointHandler().metadata(epath.Path(source)).tree)
+  kind = 'ema' if saved['ema'] is not None else 'params'
+  return {partition.path_name(keys): Weight(
+      tuple(leaf.shape), lambda keys=keys: read((kind, *(key.key for key in keys))))
+          for keys, leaf in jax.tree_util.tree_leaves_with_path(saved[kind])}

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from core import weights as weights_lib
 from core.config import UserError
 from core.data.pipeline import Source
 
@@ -107,10 +108,27 @@ class Task:
     from core import step  # the default lives with the step; a paper need not know it
     return step.gradient_update(self.loss, optimizer, self.config.accum, state, batch, rng)
 
-  def load_pretrained(self, path: str, params) -> Any:
-    """Reads foreign weights into a tree like `params` (shapes); numpy leaves."""
-    raise UserError(f'{self.config.task} reads no foreign weights; config.init_from={path!r} must '
-                    'be a workdir of this project')
+  def open_weights(self, path: pathlib.Path) -> weights_lib.Weights:
+    """Foreign weights under this project's parameter names; reads names and shapes, no values."""
+    raise UserError(f'{self.config.task} reads no foreign weights; config.init_from='
+                    f'{str(path)!r} must be a workdir of this project')
+
+  def adapt(self, weights: weights_lib.Weights, params_shape,
+            transfer: bool) -> tuple[weights_lib.Weights, weights_lib.Notes]:
+    """Makes weights fit the model, without reading them.
+
+    Args:
+      weights: from `open_weights`, or the parameters of a workdir.
+      params_shape: the model's parameters, as shapes.
+      transfer: whether a new training run starts from them, so that a head may stay fresh and
+        sizes may change; otherwise the model is wanted as it was saved.
+
+    Returns:
+      The weights to read, and notes on the rest. Together with `Notes.fresh` they must be exactly
+      the model's names and shapes: what still differs is refused.
+    """
+    del params_shape, transfer
+    return weights, weights_lib.Notes()
 
   def predict(self, params, inputs: pathlib.Path, out: pathlib.Path) -> list[dict[str, Any]]:
     """Answers for the files at `inputs`: JSON-ready records, and pictures left in `out`."""

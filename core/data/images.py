@@ -90,8 +90,10 @@ def is_complete(data: bytes) -> bool:
 def decode(data: bytes, channels: int = 3) -> np.ndarray:
   """Decodes a JPEG, PNG, WebP or BMP.
 
-  EXIF orientation is applied, 16-bit samples are reduced to 8, an alpha channel is dropped (the
-  colours beneath it stay), grey and colour are converted into each other as asked.
+  EXIF orientation is applied, palettes are looked up, 16-bit samples are reduced to their upper
+  byte (within 1 of sample / 257), grey and colour are converted into each other as asked.
+  Transparency is dropped and the colours beneath it stay, as in TensorFlow's `decode_image` and
+  Pillow's `convert('RGB')`.
 
   Args:
     data: the encoded file.

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 
 from core.nn import blocks
 from core.nn import losses
-from vit_family import vit
+from vit_family import checkpoints, torch_layouts, transfer, vit
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -136,3 +137,73 @@ def test_logits_attention_and_gradients_equal_those_of_transformers(ours, theirs
       continue
     assert_close(got[name], want, 1e-3, name)
     assert_close(alone[name], want, 1e-3, name)
+
+
+def our_logits(params, activation, images):
+  """Logits and the features that the head reads."""
+  size = params['pre_logits']['bias'].size if 'pre_logits' in params else None
+  model = vit.VisionTransformer(CLASSES, PATCH, WIDTH, DEPTH, MLP, HEADS, activation=activation,
+                                representation_size=size)
+  return jax.jit(model.apply)({'params': params}, images)
+
+
+def fitted(path, params):
+  """The checkpoint at `path` as a tree like `params`."""
+  found, _ = transfer.adapt(checkpoints.open_weights(path), params, transfer=False)
+  want = traverse_util.flatten_dict(params, sep='/')
+  assert {k: w.shape for k, w in found.items()} == {k: v.shape for k, v in want.items()}
+  return traverse_util.unflatten_dict({k: w.read() for k, w in found.items()}, sep='/')
+
+
+@pytest.mark.parametrize('ours, theirs', [('gelu_tanh', 'gelu_new'), ('gelu_erf', 'gelu')])
+def test_transformers_reads_what_we_export(ours, theirs, tmp_path):
+  params = random_params()
+  images = np.random.default_rng(1).uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
+  names = [f'class {i}' for i in range(CLASSES)]
+  out = torch_layouts.write_huggingface(
+      params, tmp_path / 'export', image_size=SIZE, activation=ours, class_names=names)
+  peer, info = transformers.ViTForImageClassification.from_pretrained(
+      out, output_loading_info=True)
+  assert not any(info.values()), info
+  assert peer.config.id2label == dict(enumerate(names)) and peer.config.hidden_act == theirs
+  with torch.no_grad():
+    want = peer.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits
+  assert_close(our_logits(params, ours, images)[0], want, 1e-4)
+
+
+@pytest.mark.parametrize('ours, theirs', [
+    ('gelu_tanh', 'gelu_pytorch_tanh'), ('gelu_erf', 'gelu')])
+def test_we_read_what_transformers_saves(ours, theirs, tmp_path):
+  params = random_params()
+  images = np.random.default_rng(1).uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
+  peer = torch_model(params, theirs)
+  peer.save_pretrained(tmp_path)
+  with torch.no_grad():
+    want = peer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits
+  read = fitted(tmp_path, params)
+  assert_close(our_logits(read, ours, images)[0], want, 1e-4)
+  # By way of Google's layout nothing changes.
+  again = fitted(checkpoints.write_npz(read, tmp_path / 'x'), params)
+  np.testing.assert_array_equal(our_logits(again, ours, images)[0],
+                                our_logits(read, ours, images)[0])
+
+
+def test_the_pooler_of_transformers_is_pre_logits(tmp_path):
+  params = random_params() | {'pre_logits': {
+      'kernel': np.random.default_rng(3).normal(0, .15, (WIDTH, WIDTH)).astype(np.float32),
+      'bias': np.random.default_rng(4).normal(0, .15, WIDTH).astype(np.float32)}}
+  images = np.random.default_rng(1).uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
+  config = torch_model(random_params(), 'gelu').config
+  peer = transformers.ViTModel(config, add_pooling_layer=True).eval()
+  weights = {k.removeprefix('vit.'): v for k, v in torch_names(params).items()
+             if 'classifier' not in k} | {
+      'pooler.dense.weight': params['pre_logits']['kernel'].T,
+      'pooler.dense.bias': params['pre_logits']['bias']}
+  peer.load_state_dict({k: torch.tensor(np.ascontiguousarray(v)) for k, v in weights.items()},
+                       strict=True)
+  peer.save_pretrained(tmp_path)
+  with torch.no_grad():
+    want = peer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
+  headless = {k: v for k, v in params.items() if k != 'head'}
+  read = fitted(tmp_path, headless) | {'head': params['head']}
+  assert_close(our_logits(read, 'gelu_erf', images)[1]['pre_logits'], want, 1e-4)
