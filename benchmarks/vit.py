@@ -1,20 +1,27 @@
-"""ViT training and inference speed, side by side with Hugging Face transformers on torch.
+"""ViT training and inference speed, side by side with its peers.
 
   python -m benchmarks.vit                      # ViT-S/16, batch 16, float32 on a CPU
   python -m benchmarks.vit --variants=B,L       # choose; on a GPU B and L in bfloat16 by default
+  python -m benchmarks.vit --variants=B --original=DIR
 
-Needs torch and transformers, which the project itself does not. Both sides do the same work in one
-process on the same images: a training step is forward, backward and AdamW; inference is the logits.
-Rounds alternate between the two, so that whatever else the machine does hits both alike, and the
-medians are compared. Each side runs the GELU that its users get: ours is the tanh form of the
-public JAX code, transformers' ViT defaults to the exact one; --peer_gelu=tanh gives both the same.
+The peers are Hugging Face transformers on torch (which the project itself does not need) and, when
+DIR is a checkout of github.com/google-research/vision_transformer, the original model under jit.
+All sides do the same work in one process on the same images: a training step is forward, backward
+and AdamW; inference is the logits. Rounds alternate between them, so that whatever else the machine
+does hits all alike, and the medians are compared. Each side runs the GELU that its users get: ours
+is the tanh form of the public JAX code, transformers' ViT defaults to the exact one;
+--peer_gelu=tanh gives all the same. For the two JAX models XLA's own count of peak memory is
+printed too (arguments, results and temporaries of the compiled step).
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 
 # Two frameworks share the accelerator here: neither may take all of its memory at start.
@@ -48,20 +55,45 @@ def forward_flops(variant: vit.Variant, size: int) -> int:
   return 2 * (variant.depth * block + patches + width * CLASSES)
 
 
-def ours(variant, images, labels, dtype, scan, remat) -> dict[str, Callable[[], None]]:
-  """Our training step and inference as functions that return when the work is done."""
+@dataclasses.dataclass
+class Side:
+  """One contestant: functions that return when the work is done, and GiB where they are known."""
+  train: Callable[[], None]
+  infer: Callable[[], None]
+  gib: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def ours(variant, dtype, scan, remat):
+  """Our model: its init, and `(variables, images) -> logits`."""
   model = vit.VisionTransformer(
-      CLASSES, PATCH, **dataclasses.asdict(variant), dtype=dtype, scan=scan,
-      remat=remat)
+      CLASSES, PATCH, **dataclasses.asdict(variant), dtype=dtype, scan=scan, remat=remat)
+  return model.init, lambda variables, images: model.apply(variables, images)[0]
+
+
+def original(checkout, variant):
+  """The public model, which computes in float32: likewise its init and logits."""
+  sys.path.insert(0, checkout)
+  from vit_jax import models_vit  # The user's checkout, not a dependency.
+  model = models_vit.VisionTransformer(
+      num_classes=CLASSES, patches=types.SimpleNamespace(size=(PATCH, PATCH)),
+      hidden_size=variant.width, classifier='token', transformer=dict(
+          mlp_dim=variant.mlp_dim, num_heads=variant.heads, num_layers=variant.depth,
+          attention_dropout_rate=0.0, dropout_rate=0.0))
+  return (functools.partial(model.init, train=False),
+          lambda variables, images: model.apply(variables, images, train=False))
+
+
+def jax_side(init_fn, apply, images, labels) -> Side:
+  """A JAX model's training step and inference, each compiled once."""
   optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
   images, labels = jnp.asarray(images), jnp.asarray(labels)
 
   def init(rng):
-    params = nn.meta.unbox(model.init(rng, images[:1]))['params']
+    params = nn.meta.unbox(init_fn(rng, images[:1]))['params']
     return params, optimizer.init(params)
 
   def loss(params, images, labels):
-    logits, _ = model.apply({'params': params}, images)
+    logits = apply({'params': params}, images)
     return losses.softmax_cross_entropy(logits, labels).mean()
 
   def step(state, images, labels):
@@ -70,19 +102,27 @@ def ours(variant, images, labels, dtype, scan, remat) -> dict[str, Callable[[], 
     updates, moments = optimizer.update(grads, moments, params)
     return (optax.apply_updates(params, updates), moments), value
 
-  train_step = jax.jit(step, donate_argnums=0)
-  infer = jax.jit(lambda params, images: model.apply({'params': params}, images)[0])
   state = jax.jit(init)(jax.random.key(0))
+  train_step = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
+  infer = jax.jit(lambda params, images: apply({'params': params}, images)).lower(
+      state[0], images).compile()
 
   def train():
     nonlocal state
     state, value = train_step(state, images, labels)
     jax.block_until_ready((state, value))
 
-  return {'train': train, 'infer': lambda: infer(state[0], images).block_until_ready()}
+  return Side(train, lambda: infer(state[0], images).block_until_ready(),
+              {'train': _gib(train_step), 'infer': _gib(infer)})
 
 
-def peer(variant, images, labels, half, gelu) -> dict[str, Callable[[], None]]:
+def _gib(compiled) -> float:
+  memory = compiled.memory_analysis()
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**30
+
+
+def peer(variant, images, labels, half, gelu) -> Side:
   """The same in transformers and torch; compiled on a GPU."""
   gpu = torch.cuda.is_available()
   device = 'cuda' if gpu else 'cpu'
@@ -119,7 +159,7 @@ def peer(variant, images, labels, half, gelu) -> dict[str, Callable[[], None]]:
       forward(pixels)
     wait()
 
-  return {'train': train, 'infer': infer}
+  return Side(train, infer)
 
 
 def main():
@@ -134,6 +174,7 @@ def main():
   # A CPU waits for memory sooner than for arithmetic: computing again beats keeping.
   parser.add_argument('--remat', default='none' if gpu else 'dots', help='none, dots or full')
   parser.add_argument('--peer_gelu', choices=('exact', 'tanh'), default='exact')
+  parser.add_argument('--original', help='checkout of google-research/vision_transformer')
   parser.add_argument('--threads', type=int, default=os.cpu_count(),
                       help="torch's threads; XLA always takes all cores")
   args = parser.parse_args()
@@ -150,29 +191,34 @@ def main():
 
   for name in args.variants.split(','):
     variant = vit.VARIANTS[name]
-    sides = {'ours': ours(variant, images, labels, jnp.bfloat16 if gpu else jnp.float32, args.scan,
-                          args.remat),
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    sides = {'ours': jax_side(*ours(variant, dtype, args.scan, args.remat), images, labels),
              'torch': peer(variant, images, labels, gpu, args.peer_gelu)}
+    if args.original:
+      sides['original'] = jax_side(*original(args.original, variant), images, labels)
     for what in ('train', 'infer'):
       seconds = {side: [] for side in sides}
       for round_ in range(-2, args.rounds):
         # The order flips every round: whoever runs second finds the caches of the first.
         for side in (list(sides) if round_ % 2 else list(sides)[::-1]):
           start = time.perf_counter()
-          sides[side][what]()
+          getattr(sides[side], what)()
           if round_ >= 0:  # Earlier rounds compile and warm up.
             seconds[side].append(time.perf_counter() - start)
       median = {side: statistics.median(s) for side, s in seconds.items()}
-      ratios = [t / o for o, t in zip(seconds['ours'], seconds['torch'])]
       line = f'ViT-{name}/{PATCH} {what:5}'
       for side, s in median.items():
         best = args.batch / min(seconds[side])
         line += f'  {side} {args.batch / s:8.2f} images/s (best {best:.2f})'
+        if what in sides[side].gib:
+          line += f', {sides[side].gib[what]:.2f} GiB'
         if peak:
           flops = forward_flops(variant, args.size) * args.batch * (3 if what == 'train' else 1)
           line += f', {flops / s / peak:.1%} of peak'
-      line += (f'  ratio of medians {median["torch"] / median["ours"]:.2f},'
-               f' median of ratios {statistics.median(ratios):.2f}')
+      for side in list(sides)[1:]:
+        ratios = [t / o for o, t in zip(seconds['ours'], seconds[side])]
+        line += (f'  against {side}: ratio of medians {median[side] / median["ours"]:.2f},'
+                 f' median of ratios {statistics.median(ratios):.2f}')
       print(line, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Image classification with a Vision Transformer: the task behind configs/vit.py."""
+"""Image classification with ViT, hybrids and BiT: the task behind configs/vit.py."""
 
 import functools
 import pathlib
@@ -13,9 +13,11 @@ from core.config import UserError, choose
 from core.data import images, sources
 from core.evaluate import Mean
 from core.nn import losses
-from vit_family import checkpoints, pictures, vit
+from vit_family import analysis, checkpoints, pictures, probes, randaugment, real_labels
+from vit_family import torch_layouts, vtab, zoo
+from vit_family import transfer as transfer_lib
 
-_CROPS = ('inception', 'affine', 'none')
+_CROPS = ('inception', 'random', 'affine', 'none')
 _EVAL_CROPS = ('resize_small', 'resize')
 _LOSSES = ('softmax', 'sigmoid')
 
@@ -25,14 +27,20 @@ class Task(task.Task):
 
   def __init__(self, config):
     super().__init__(config)
-    choose('config.model.variant', config.model.variant, vit.VARIANTS)
-    choose('config.model.classifier', config.model.classifier, ('token', 'gap'))
+    data = config.data
+    zoo.check(config.model, data.image_size)
     choose('config.model.loss', config.model.loss, _LOSSES)
-    choose('config.data.crop', config.data.crop, _CROPS)
-    choose('config.data.eval_crop', config.data.eval_crop, _EVAL_CROPS)
-    if config.data.image_size % config.model.patch_size:
-      raise UserError(f'config.data.image_size={config.data.image_size} is not a multiple of '
-                      f'config.model.patch_size={config.model.patch_size}')
+    choose('config.model.export', config.model.export, ('npz', 'huggingface'))
+    choose('config.data.crop', data.crop, _CROPS)
+    choose('config.data.eval_crop', data.eval_crop, _EVAL_CROPS)
+    if config.model.mixup < 0:
+      raise UserError(f'config.model.mixup={config.model.mixup}: the alpha of a Beta distribution '
+                      'is positive; 0 switches mixup off')
+    if data.vtab:
+      choose('config.data.vtab', data.vtab, vtab.TASKS)
+    if data.crop == 'random' and data.resize < data.image_size:
+      raise UserError(f"config.data.crop='random' cuts {data.image_size} pixels out of "
+                      f'config.data.resize={data.resize}; it must be at least as large')
 
   @functools.cached_property
   def num_classes(self) -> int:
@@ -41,30 +49,30 @@ class Task(task.Task):
   @functools.cached_property
   def class_names(self) -> list[str]:
     """Names of the classes when the data can be read; else their numbers."""
+    if self.config.data.vtab:
+      return [str(i) for i in range(self.num_classes)]  # VTAB derives labels of its own.
     try:
-      return self.dataset('train').class_names
+      names = self.dataset('train').class_names
     except UserError:
       if not self.config.model.num_classes:
         raise
-      return [str(i) for i in range(self.config.model.num_classes)]
+      names = []
+    return names or [str(i) for i in range(self.config.model.num_classes)]
 
   @functools.cached_property
-  def model(self) -> vit.VisionTransformer:
-    model, size = self.config.model, vit.VARIANTS[self.config.model.variant]
-    return vit.VisionTransformer(
-        num_classes=self.num_classes, patch_size=model.patch_size, width=size.width,
-        depth=size.depth, mlp_dim=size.mlp_dim, heads=size.heads, classifier=model.classifier,
-        representation_size=model.representation_size or None,
-        head_bias_init=model.head_bias_init, dropout_rate=model.dropout_rate,
-        attention_dropout_rate=model.attention_dropout_rate,
-        dtype=jnp.dtype(self.config.precision), scan=model.scan, remat=self.config.remat)
+  def model(self):
+    return zoo.build(self.config.model, self.num_classes, jnp.dtype(self.config.precision),
+                     self.config.remat)
 
   def batch_spec(self, batch_size):
     data = self.config.data
     shape = (batch_size, data.image_size, data.image_size, data.channels)
-    return {'image': jax.ShapeDtypeStruct(shape, np.uint8),
+    spec = {'image': jax.ShapeDtypeStruct(shape, np.uint8),
             'label': jax.ShapeDtypeStruct((batch_size,), np.int32),
             'mask': jax.ShapeDtypeStruct((batch_size,), np.float32)}
+    if data.real_labels:
+      spec['real_index'] = jax.ShapeDtypeStruct((batch_size,), np.int32)
+    return spec
 
   def init(self, rng):
     image = jnp.zeros(self.batch_spec(1)['image'].shape, jnp.float32)
@@ -73,24 +81,43 @@ class Task(task.Task):
   @functools.cache
   def dataset(self, split):
     data = self.config.data
-    return sources.open_source(data.name, data.splits[split], data_dir=data.data_dir or None,
-                               features=('image', 'label'))
+    features = ('image', vtab.TASKS[data.vtab].key if data.vtab else 'label')
+    if data.real_labels:
+      features += ('file_name',)
+    source = sources.open_source(data.name, data.splits[split], data_dir=data.data_dir or None,
+                                 features=features)
+    return sources.OnlyClasses(source, tuple(data.classes)) if data.classes else source
 
   def transform(self, example, rng, train):
     data = self.config.data
     image = images.decode(example['image'], data.channels)
+    if data.vtab:
+      image = image * np.uint8(vtab.TASKS[data.vtab].scale)
     if train:
-      if data.crop == 'inception':
-        image = images.inception_crop(image, data.image_size, rng)
-      else:
-        image = images.resize(image, data.image_size)
-        if data.crop == 'affine':
-          image = images.random_affine(image, rng, degrees=12., translate=.08, scale=(.85, 1.15))
+      image = self._train_crop(image, rng)
       if data.flip:
         image = images.flip(image, rng)
+      if data.randaugment_layers:
+        image = randaugment.rand_augment(
+            image, data.randaugment_layers, data.randaugment_magnitude, rng)
     else:
       image = self._eval_crop(image)
-    return {'image': image, 'label': np.asarray(example['label'], np.int32)}
+    label = vtab.label(data.vtab, example) if data.vtab else example['label']
+    made = {'image': image, 'label': np.asarray(label, np.int32)}
+    if data.real_labels:
+      made['real_index'] = np.int32(real_labels.real_index(example['file_name']))
+    return made
+
+  def _train_crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    data = self.config.data
+    if data.crop == 'inception':
+      return images.inception_crop(image, data.image_size, rng)
+    if data.crop == 'random':
+      return images.random_crop(images.resize(image, data.resize), data.image_size, rng)
+    image = images.resize(image, data.image_size)
+    if data.crop == 'affine':
+      image = images.random_affine(image, rng, degrees=12., translate=.08, scale=(.85, 1.15))
+    return image
 
   def _eval_crop(self, image: np.ndarray) -> np.ndarray:
     size = self.config.data.image_size
@@ -106,38 +133,75 @@ class Task(task.Task):
     """float32 `[batch, classes]`."""
     return self.model.apply({'params': params}, self.inputs(batch), train=train, rngs=rngs)[0]
 
+  def features(self, params, batch) -> jax.Array:
+    """What the head reads, float32 `[batch, width]`: for few-shot and nearest neighbours."""
+    _, found = self.model.apply({'params': params}, self.inputs(batch))
+    return found['pre_logits'].astype(jnp.float32)
+
   def loss(self, params, batch, rng, train):
-    logits = self.logits(params, batch, train, {'dropout': rng})
-    mask = batch['mask']
-    if self.config.model.loss == 'softmax':
-      each = losses.softmax_cross_entropy(
-          logits, batch['label'], label_smoothing=self.config.model.label_smoothing)
+    model, mask = self.config.model, batch['mask']
+    images_, targets = self.inputs(batch), batch['label']
+    mixing = train and model.mixup
+    if mixing or model.loss == 'sigmoid':
+      targets = jax.nn.one_hot(targets, self.num_classes)
+    if mixing:
+      images_, targets = mixup(images_, targets, jax.random.fold_in(rng, 1), model.mixup)
+    logits, _ = self.model.apply({'params': params}, images_, train=train,
+                                 rngs={'dropout': rng} if train else None)
+    if model.loss == 'softmax':
+      each = losses.softmax_cross_entropy(logits, targets, label_smoothing=model.label_smoothing)
     else:
-      each = losses.sigmoid_cross_entropy(logits, jax.nn.one_hot(batch['label'], self.num_classes))
+      each = losses.sigmoid_cross_entropy(logits, targets)
     weight = mask.sum()
     correct = (logits.argmax(-1) == batch['label']) * mask
     metrics = {'accuracy': (correct.sum(), weight)}
+    if self.num_classes > 5:
+      metrics['top5_accuracy'] = ((in_top(logits, batch['label'], 5) * mask).sum(), weight)
     return (each * mask).sum() / jnp.maximum(weight, 1), task.Aux(weight, metrics)
 
   def evaluators(self):
+    data, splits = self.config.data, self.config.data.splits
     found: dict[str, Any] = {}
-    if self.config.data.splits.validation:
+    if splits.validation:
       found['validation'] = Mean('validation')
-    if self.config.data.splits.test:
+    if splits.test:
       found['test'] = Mean('test', every='end')
+      if data.real_labels:
+        found['real'] = real_labels.ReaL('test', data.real_labels)
+      if splits.support:
+        found['fewshot'] = probes.FewShot('support', 'test', every='end')
+        found['knn'] = probes.KNN('support', 'test', every='end')
       found['pictures'] = pictures.Pictures('test', every='end')
+      if zoo.is_vit(self.config.model):
+        found['learned'] = pictures.Learned('test', every='end')
     return found
 
-  def load_pretrained(self, path, params):
-    return checkpoints.read_npz(path, params)
+  def open_weights(self, path):
+    return checkpoints.open_weights(path)
+
+  def adapt(self, weights, params_shape, transfer):
+    return transfer_lib.adapt(weights, params_shape, transfer)
 
   def export(self, params, path):
-    return checkpoints.write_npz(params, path)
+    model = self.config.model
+    if model.export == 'npz':
+      return checkpoints.write_npz(params, path)
+    return torch_layouts.write_huggingface(
+        params, path, image_size=self.config.data.image_size, class_names=self.class_names,
+        activation=model.activation)
 
   def predict(self, params, inputs, out):
-    """Top-5 classes of each image at `inputs`, a file or a folder; one picture an image."""
-    paths = _image_files(inputs)
-    attend = jax.jit(functools.partial(pictures.attention, self))
+    """Top-5 classes of each image at `inputs`, a file or a folder; one picture an image.
+
+    For models with attention also its mean distance in pixels, layer by layer.
+    """
+    paths = image_files(inputs)
+    token = self.config.model.classifier == 'token'
+    is_vit = zoo.is_vit(self.config.model)
+    if is_vit:
+      look = jax.jit(functools.partial(analysis.attention, self))
+    else:
+      look = jax.jit(lambda params, batch: (self.logits(params, batch), None))
     records = []
     for path in paths:
       try:
@@ -145,16 +209,46 @@ class Task(task.Task):
       except images.ImageError as e:
         raise UserError(f'{path}: {e}') from e
       image = self._eval_crop(original)
-      logits, weights = jax.device_get(attend(params, {'image': image[None]}))
+      logits, weights = jax.device_get(look(params, {'image': image[None]}))
       probabilities = _probabilities(logits[0], self.config.model.loss)
       order = np.argsort(-probabilities, kind='stable')[:5]
       top = [{'class': self.class_names[i], 'index': int(i),
               'probability': round(float(probabilities[i]), 6)} for i in order]
       picture = out / f'{path.stem}.png'
-      pictures.prediction(image, pictures.rollout(weights[:, 0]), top, picture,
-                          token=self.config.model.classifier == 'token')
-      records.append({'input': str(path), 'top5': top, 'picture': picture.name})
+      record = {'input': str(path), 'top5': top, 'picture': picture.name}
+      if is_vit:
+        distances = analysis.attention_distance(weights, image.shape[:2], token)
+        record['attention_distance'] = np.round(distances.mean((1, 2)), 3).tolist()
+      pictures.prediction(image, analysis.rollout(weights[:, 0]) if is_vit else None, top, picture,
+                          token=token)
+      records.append(record)
     return records
+
+
+def mixup(images_: jax.Array, targets: jax.Array, rng: jax.Array,
+          alpha: float) -> tuple[jax.Array, jax.Array]:
+  """Blends every image, and its target, with its neighbour's (Zhang et al., arXiv 1710.09412).
+
+  One share a ~ Beta(alpha, alpha) for the whole (micro)batch, taken as max(a, 1 - a) so that an
+  image stays the larger part of its blend; the neighbour is the row before ("How to train your
+  ViT", public code).
+
+  Args:
+    images_: `[batch, height, width, channels]` float.
+    targets: `[batch, classes]` float.
+    rng: key.
+    alpha: of the Beta distribution, > 0.
+  """
+  share = jax.random.beta(rng, alpha, alpha)
+  share = jnp.maximum(share, 1 - share)
+  blend = lambda x: share * x + (1 - share) * jnp.roll(x, 1, axis=0)
+  return blend(images_), blend(targets)
+
+
+def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+  """Whether fewer than k other classes score at least as high as the label: bool `[batch]`."""
+  score = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+  return (logits >= score).sum(-1) <= k
 
 
 def _probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
@@ -165,7 +259,7 @@ def _probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
   return scores / scores.sum()
 
 
-def _image_files(inputs: pathlib.Path) -> list[pathlib.Path]:
+def image_files(inputs: pathlib.Path) -> list[pathlib.Path]:
   if not inputs.exists():
     raise UserError(f'--input={inputs}: no such file or folder')
   if inputs.is_file():

@@ -1,5 +1,7 @@
-"""What a Vision Transformer saw and learned, as pictures (ViT section 4.5, appendix D)."""
+"""What a classifier answers, and what a Vision Transformer saw and learned, as pictures."""
 
+import json
+import math
 import pathlib
 
 import cv2
@@ -9,48 +11,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-
-def attention(task, params, batch) -> tuple[jax.Array, jax.Array]:
-  """Logits `[batch, classes]` and attention weights `[layers, batch, heads, tokens, tokens]`."""
-  (logits, _), sown = task.model.apply({'params': params}, task.inputs(batch), mutable=['intermediates'])
-  layers = sown['intermediates']['Transformer']
-  get = lambda layer: layer['MultiHeadDotProductAttention_0']['attention'][0]
-  if 'encoderblock' in layers:
-    return logits, get(layers['encoderblock'])
-  return logits, jnp.stack([get(layers[f'encoderblock_{i}']) for i in range(len(layers))])
-
-
-def rollout(weights: np.ndarray) -> np.ndarray:
-  """How much each token draws on each patch through all layers (Abnar and Zuidema, 2020).
-
-  Heads are averaged; the identity stands for the residual and rows are normalised again; then
-  the layers are multiplied (vit sheet section 13).
-
-  Args:
-    weights: `[layers, heads, tokens, tokens]` of one image.
-
-  Returns:
-    float64 `[tokens, tokens]`; every row sums to 1.
-  """
-  mixed = weights.astype(np.float64).mean(1)
-  mixed = mixed + np.eye(mixed.shape[-1])
-  mixed /= mixed.sum(-1, keepdims=True)
-  result = mixed[0]
-  for layer in mixed[1:]:
-    result = layer @ result
-  return result
-
-
-def heat(rolled: np.ndarray, token: bool) -> np.ndarray:
-  """The part of a rollout that the classifier reads, as a square of patches scaled to max 1.
-
-  Args:
-    rolled: `[tokens, tokens]` from `rollout`.
-    token: whether the first token is the class token; otherwise all tokens are averaged.
-  """
-  row = rolled[0, 1:] if token else rolled.mean(0)
-  side = int(np.sqrt(row.size))
-  return (row / row.max()).reshape(side, side)
+from vit_family import analysis
+from vit_family.analysis import attention, heat, rollout
 
 
 def _overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
@@ -61,7 +23,8 @@ def _overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
   return 0.4 * grey + 0.6 * colormaps['inferno'](big)[..., :3]
 
 
-def _show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> None:
+def show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> None:
+  """Draws `[h, w, 1 or 3]`, uint8 or float in [0, 1], without axes."""
   grey = image.ndim == 3 and image.shape[-1] == 1
   axes.imshow(image[..., 0] if grey else image, cmap='gray' if grey else None,
               vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation='nearest')
@@ -69,26 +32,31 @@ def _show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> Non
   axes.axis('off')
 
 
-def prediction(image: np.ndarray, rolled: np.ndarray, top: list[dict], path: pathlib.Path,
+def prediction(image: np.ndarray, rolled: np.ndarray | None, top: list[dict], path: pathlib.Path,
                token: bool) -> None:
-  """One image, where the model looked, and its five best answers.
+  """One image, where the model looked, and its best answers.
 
   Args:
     image: uint8 `[h, w, channels]` as the model saw it.
-    rolled: `[tokens, tokens]` from `rollout`.
+    rolled: `[tokens, tokens]` from `rollout`; None for a model without attention.
     top: records with 'class' and 'probability', best first.
     path: the PNG to write.
-    token: see `heat`.
+    token: whether the model reads the class token, or else the mean of all tokens.
   """
-  figure = Figure(figsize=(9, 3), layout='constrained')
-  left, middle, right = figure.subplots(1, 3)
-  _show(left, image, 'input, as the model saw it')
-  _show(middle, _overlay(image, heat(rolled, token)), 'attention rollout (bright: read most)')
+  panels = 2 if rolled is None else 3
+  figure = Figure(figsize=(3 * panels, 3), layout='constrained')
+  axes = list(figure.subplots(1, panels))
+  show(axes[0], image, 'input, as the model saw it')
+  if rolled is not None:
+    show(axes[1], _overlay(image, heat(rolled, image.shape[:2], token)),
+         'attention rollout (bright: read most)')
+  right = axes[-1]
   names = [record['class'] for record in top][::-1]
   values = [record['probability'] for record in top][::-1]
   right.barh(range(len(names)), values, color='tab:blue')
   right.set_yticks(range(len(names)), names)
-  right.set_xlim(0, 1.15)
+  right.set_xlim(0, 1.25)
+  right.set_xticks([0, .25, .5, .75, 1])
   right.set_xlabel('probability')
   for i, value in enumerate(values):
     right.text(value + .02, i, f'{value:.3f}', va='center', fontsize=8)
@@ -97,51 +65,139 @@ def prediction(image: np.ndarray, rolled: np.ndarray, top: list[dict], path: pat
 
 
 class Pictures:
-  """Evaluator that leaves predictions, rollouts and position-embedding similarity as PNG."""
+  """Evaluator that leaves `predictions.png`: images of a split with the model's answers."""
 
-  def __init__(self, split: str, every: str = 'end', shown: int = 40, rolled: int = 8):
-    """`shown` images with predictions, of which the first `rolled` with attention."""
-    self.split, self.every, self.shown, self.rolled = split, every, shown, rolled
+  def __init__(self, split: str, every: str = 'end', shown: int = 40):
+    self.split, self.every, self.shown = split, every, shown
     self._fn = None
 
   def __call__(self, run, params, step) -> dict[str, float]:
     task = run.plan.task
     if self._fn is None:
-      self._fn = lambda params, batch: (
-          *attention(task, params, batch), batch['image'], batch['label'], batch['mask'])
-    fn = run.jit(self._fn)
+      self._fn = lambda params, batch: {
+          'answer': task.logits(params, batch).argmax(-1), 'image': batch['image'],
+          'label': batch['label']}
     taken = []
-    for batch in run.batches(self.split):
-      logits, weights, image, label, mask = jax.device_get(fn(params, batch))
-      keep = mask > 0
-      taken.append((logits[keep], weights.swapaxes(0, 1)[keep], image[keep], label[keep]))
-      if sum(len(part[3]) for part in taken) >= self.shown:
+    for rows in run.map(self._fn, params, self.split):
+      taken.append(rows)
+      if sum(len(part['label']) for part in taken) >= self.shown:
         break
-    embedding = run.plan.fetch(params['Transformer']['posembed_input']['pos_embedding'])
-    if not run.writes or not taken:
-      return {}
-    logits, weights, image, label = (
-        np.concatenate(parts)[:self.shown] for parts in zip(*taken, strict=True))
-    token = task.config.model.classifier == 'token'
-    predictions(image, label, logits.argmax(-1), task.class_names,
-                run.pictures / 'predictions.png')
-    rollouts(image[:self.rolled], weights[:self.rolled], token, run.pictures / 'rollout.png')
-    position_similarity(embedding[0, 1 if token else 0:],
-                        run.pictures / 'position_similarity.png')
+    if run.writes and taken:
+      image, label, answer = (np.concatenate([part[name] for part in taken])[:self.shown]
+                              for name in ('image', 'label', 'answer'))
+      predictions(image, label, answer, task.class_names, run.pictures / 'predictions.png')
     return {}
+
+
+class Learned:
+  """Evaluator that leaves pictures of what the model learned, and `learned.json` with the numbers.
+
+  `attention_distance.png`, `filters.png`, `position_similarity.png` (ViT figure 7) and
+  `rollout.png` (figure 6). Numbers: see `numbers`. A model without attention leaves nothing.
+  """
+
+  def __init__(self, split: str, every: str = 'end', images: int = 128, rolled: int = 8):
+    """Distances are means over the first `images`; the first `rolled` are drawn with attention."""
+    self.split, self.every, self.images, self.rolled = split, every, images, rolled
+    self._fn = None
+
+  def __call__(self, run, params, step) -> dict[str, float]:
+    if 'Transformer' not in params:
+      return {}
+    token = 'cls' in params
+    distance, image, mixed = self._measure(run, params, token)
+    source = 'conv_root' if 'conv_root' in params else 'embedding'
+    kernel = run.plan.fetch(params[source]['kernel'])
+    embedding = run.plan.fetch(params['Transformer']['posembed_input']['pos_embedding'])
+    if not run.writes or not len(image):
+      return {}
+    embedding, size = embedding[0, int(token):], image.shape[1:3]
+    components, explained = analysis.principal_filters(kernel)
+    found = numbers(distance, embedding, size, source, explained)
+    attention_distance(distance.mean(0), found['uniform_distance'],
+                       run.pictures / 'attention_distance.png')
+    filters(components, explained, source, run.pictures / 'filters.png')
+    position_similarity(embedding, size, run.pictures / 'position_similarity.png')
+    rollouts(image, mixed[:, :, None], token, run.pictures / 'rollout.png')
+    (run.pictures / 'learned.json').write_text(json.dumps(found, indent=1) + '\n')
+    return {}
+
+  def _measure(self, run, params, token):
+    """Distances `[images, layers, heads]`; images to draw, and their attention averaged over heads
+    `[rolled, layers, tokens, tokens]`. All processes call it and get the same."""
+    # The weights of a whole batch would not fit on a chip: eight images a device at a time.
+    ways = run.plan.layout.batch_ways
+    size = math.gcd(run.batch_size, 8 * ways)
+    if self._fn is None:
+      self._fn = lambda params, batch, part: self._part(
+          run.plan.task, params, batch, part, size, token)
+    fn = run.jit(self._fn)
+    distances, images, mixed = [], [], []
+    for batch in run.batches(self.split):
+      for part in range(run.batch_size // size):
+        made = fn(params, batch, part)
+        mask = jax.device_get(made['mask']) > 0
+        distances.append(jax.device_get(made['distance'])[mask])
+        if sum(map(len, images)) < self.rolled:
+          drawn = mask[:self.rolled]
+          images.append(jax.device_get(made['image'])[drawn])
+          mixed.append(jax.device_get(made['mixed'])[drawn])
+        if sum(map(len, distances)) >= self.images:
+          break
+      if sum(map(len, distances)) >= self.images:
+        break
+    return (np.concatenate(distances)[:self.images], np.concatenate(images)[:self.rolled],
+            np.concatenate(mixed)[:self.rolled])
+
+  def _part(self, task, params, batch, part, size, token):
+    # Rows a stride apart: each device takes its own, where a slice would move the batch around.
+    rows = {name: jax.lax.dynamic_index_in_dim(
+        x.reshape(size, -1, *x.shape[1:]), part, 1, keepdims=False) for name, x in batch.items()}
+    _, weights = attention(task, params, rows)
+    distance = analysis.attention_distance(weights, rows['image'].shape[1:3], token)
+    return {'distance': distance.swapaxes(0, 1), 'mask': rows['mask'],
+            'image': rows['image'][:self.rolled],
+            'mixed': weights[:, :self.rolled].astype(jnp.float32).mean(2).swapaxes(0, 1)}
+
+
+def numbers(distance: np.ndarray, embedding: np.ndarray, image_size: tuple[int, int], source: str,
+            explained: np.ndarray) -> dict:
+  """What the pictures of `Learned` show, ready for JSON.
+
+  Args:
+    distance: `[images, layers, heads]` in pixels.
+    embedding: `[patches, width]` without the class token's.
+    image_size: (height, width) in pixels.
+    source: name of the parameters whose filters are shown.
+    explained: share of variance of each filter component.
+
+  Returns:
+    'images'; 'grid' (rows, columns); 'attention_distance' `[layers][heads]` in pixels, and
+    'uniform_distance', what a head has that attends to all patches alike; 'position_similarity',
+    see `analysis.similarity_by_distance`; 'filters' with 'of' and 'explained_variance'.
+  """
+  shape = analysis.grid(len(embedding), image_size)
+  rounded = lambda values, digits: np.round(np.asarray(values, np.float64), digits).tolist()
+  by_distance = analysis.similarity_by_distance(analysis.similarity(embedding), *shape)
+  return {
+      'images': len(distance), 'grid': list(shape),
+      'attention_distance': rounded(distance.mean(0, dtype=np.float64), 3),
+      'uniform_distance': rounded(analysis.patch_distances(image_size, len(embedding)).mean(), 3),
+      'position_similarity': {name: rounded(value, 4) for name, value in by_distance.items()},
+      'filters': {'of': source, 'explained_variance': rounded(explained, 6)}}
 
 
 def predictions(image, label, predicted, names, path: pathlib.Path, columns: int = 10) -> None:
   """A grid of test images; wrong answers are red and say what was right."""
   rows = -(-len(image) // columns)
   figure = Figure(figsize=(columns, 1.25 * rows + .4), layout='constrained')
-  grid = figure.subplots(rows, columns, squeeze=False)
-  for axes in grid.flat:
+  cells = figure.subplots(rows, columns, squeeze=False)
+  for axes in cells.flat:
     axes.axis('off')
-  for axes, one, truth, answer in zip(grid.flat, image, label, predicted):
+  for axes, one, truth, answer in zip(cells.flat, image, label, predicted):
     right = truth == answer
-    _show(axes, one, names[answer] if right else f'{names[answer]} (is {names[truth]})',
-          'black' if right else 'red')
+    show(axes, one, names[answer] if right else f'{names[answer]} (is {names[truth]})',
+         'black' if right else 'red')
   wrong = int((label != predicted).sum())
   figure.suptitle(f'the first {len(image)} test images and their predicted classes: {wrong} wrong',
                   fontsize=10)
@@ -154,48 +210,109 @@ def rollouts(image, weights, token: bool, path: pathlib.Path) -> None:
   Args:
     image: uint8 `[n, h, w, channels]`.
     weights: `[n, layers, heads, tokens, tokens]`.
-    token: see `heat`.
+    token: see `prediction`.
     path: the PNG to write.
   """
-  figure = Figure(figsize=(1.4 * len(image), 3.2), layout='constrained')
-  grid = figure.subplots(2, len(image), squeeze=False)
-  for above, below, one, w in zip(grid[0], grid[1], image, weights):
-    _show(above, one)
-    _show(below, _overlay(one, heat(rollout(w), token)))
-  figure.suptitle('input, and what its class was read from (attention rollout, bright is most)', fontsize=10)
+  figure = Figure(figsize=(max(1.4 * len(image), 5), 3.2), layout='constrained')
+  cells = figure.subplots(2, len(image), squeeze=False)
+  for above, below, one, w in zip(cells[0], cells[1], image, weights):
+    show(above, one)
+    show(below, _overlay(one, heat(rollout(w), one.shape[:2], token)))
+  figure.suptitle('input, and what its class was read from\n(attention rollout, bright is most)',
+                  fontsize=10)
   figure.savefig(path, dpi=120)
 
 
-def similarity(embedding: np.ndarray) -> np.ndarray:
-  """Cosine similarity of every pair of positions: `[n, width]` -> float64 `[n, n]`."""
-  unit = embedding.astype(np.float64)
-  unit = unit / np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), 1e-12)
-  return unit @ unit.T
+def _mosaic(tiles: np.ndarray, gap: int, fill: float) -> np.ndarray:
+  """`[rows, columns, h, w, ...]` -> one image, with `gap` pixels of `fill` after every tile."""
+  rows, columns, height, width, *rest = tiles.shape
+  framed = np.full((rows, columns, height + gap, width + gap, *rest), fill)
+  framed[:, :, :height, :width] = tiles
+  framed = framed.swapaxes(1, 2)
+  return framed.reshape(rows * (height + gap), columns * (width + gap), *rest)[:-gap, :-gap]
 
 
-def position_similarity(embedding: np.ndarray, path: pathlib.Path) -> None:
+def position_similarity(
+    embedding: np.ndarray, image_size: tuple[int, int], path: pathlib.Path) -> None:
   """Each tile: how alike one patch's position embedding is to all others (ViT figure 7, centre).
 
   Args:
     embedding: `[patches, width]` without the class token's.
+    image_size: (height, width) in pixels.
     path: the PNG to write.
   """
-  side = int(np.sqrt(len(embedding)))
-  tiles = similarity(embedding).reshape(side, side, side, side)
-  figure = Figure(figsize=(6.5, 6), layout='constrained')
-  grid = figure.subplots(side, side, squeeze=False)
-  for row in range(side):
-    for column in range(side):
-      axes = grid[row, column]
-      drawn = axes.imshow(tiles[row, column], vmin=-1, vmax=1, cmap='viridis')
-      axes.set_xticks([])
-      axes.set_yticks([])
-      if column == 0:
-        axes.set_ylabel(row + 1, rotation=0, labelpad=8, va='center', fontsize=8)
-      if row == side - 1:
-        axes.set_xlabel(column + 1, fontsize=8)
-  figure.supxlabel('patch column', fontsize=9)
-  figure.supylabel('patch row', fontsize=9)
-  figure.colorbar(drawn, ax=grid, label='cosine similarity', shrink=.8)
-  figure.suptitle('position embedding similarity', fontsize=10)
+  rows, columns = analysis.grid(len(embedding), image_size)
+  tiles = analysis.similarity(embedding).reshape(rows, columns, rows, columns)
+  # Pixels of the mosaic for a number: small tiles are drawn large, so that gaps stay narrow.
+  cell = max(1, 32 // max(rows, columns))
+  tiles = tiles.repeat(cell, 2).repeat(cell, 3)
+  gap = max(1, max(tiles.shape[2:]) // 10)
+  drawn = _mosaic(tiles, gap, np.nan)
+  # At least one pixel of the picture for each of the mosaic.
+  inches = max(5.5, max(drawn.shape) / 100)
+  tall, wide = (inches * n / max(drawn.shape) for n in drawn.shape)
+  figure = Figure(figsize=(max(wide, 3) + 1.4, max(tall, 2) + .8), layout='constrained')
+  axes = figure.subplots()
+  colors = axes.imshow(drawn, vmin=-1, vmax=1, cmap='viridis', interpolation='nearest')
+  for count, set_ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
+    named = np.arange(0, count, -(-count // 14))
+    set_ticks(named * (count * cell + gap) + (count * cell - 1) / 2, named + 1, fontsize=8)
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  axes.set_xlabel('patch column')
+  axes.set_ylabel('patch row')
+  figure.colorbar(colors, ax=axes, label='cosine similarity', shrink=.8)
+  axes.set_title('position embedding similarity: each tile, one patch with all others', fontsize=10)
+  figure.savefig(path, dpi=120)
+
+
+def attention_distance(distance: np.ndarray, uniform: float, path: pathlib.Path) -> None:
+  """One dot a head over the depth of the network (ViT figure 7, right).
+
+  Args:
+    distance: `[layers, heads]` in pixels.
+    uniform: distance of a head that attends to all patches alike, in pixels.
+    path: the PNG to write.
+  """
+  layers, heads = distance.shape
+  depth = np.arange(1, layers + 1)
+  figure = Figure(figsize=(6, 4), layout='constrained')
+  axes = figure.subplots()
+  axes.axhline(uniform, color='grey', linestyle='--', linewidth=1, label='uniform attention')
+  axes.plot(depth, distance.mean(1), color='tab:orange', linewidth=1, label='mean of the heads')
+  axes.scatter(np.repeat(depth, heads), distance.ravel(), s=22, alpha=.7, linewidths=0,
+               color='tab:blue', label='one head', zorder=3)
+  axes.set_xticks(depth[::-(-layers // 24)])
+  axes.set_xlim(.5, layers + .5)
+  axes.set_ylim(0, 1.05 * max(uniform, float(distance.max()), 1e-3))
+  axes.set_xlabel('layer')
+  axes.set_ylabel('mean attention distance (pixels)')
+  axes.set_title('how far each head looks', fontsize=10)
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.legend(fontsize=8, loc='outside lower center', ncols=3, frameon=False)
+  figure.savefig(path, dpi=120)
+
+
+def filters(components: np.ndarray, explained: np.ndarray, source: str, path: pathlib.Path) -> None:
+  """Principal components of the first filters (ViT figure 7, left).
+
+  Args:
+    components: `[n, h, w, 1 or 3]` in [0, 1].
+    explained: `[n]`, share of the variance.
+    source: 'embedding', or 'conv_root' for a hybrid, whose patches are not made of pixels.
+    path: the PNG to write.
+  """
+  columns = min(7, len(components))
+  rows = -(-len(components) // columns)
+  figure = Figure(figsize=(max(1.05 * columns, 6), 1.25 * rows + .6), layout='constrained')
+  cells = figure.subplots(rows, columns, squeeze=False)
+  for axes in cells.flat:
+    axes.axis('off')
+  for i, (axes, one, share) in enumerate(zip(cells.flat, components, explained)):
+    show(axes, one, f'{i + 1}: {share:.1%}')
+  height, width = components.shape[1:3]
+  of = {'embedding': f'patch embedding, {height}x{width}',
+        'conv_root': f"root convolution, {height}x{width}, a hybrid's only filters of pixels"}
+  figure.suptitle(f'principal components of the filters ({of[source]})\n'
+                  f'and the variance they explain: {explained.sum():.0%} together', fontsize=10)
   figure.savefig(path, dpi=120)

@@ -133,6 +133,43 @@ class TfdsSource:
     return f'TfdsSource({self._directory!r}, {self._split!r})'
 
 
+class OnlyClasses:
+  """The examples of some classes of a source, their labels renumbered in the order given.
+
+  Attributes:
+    class_names: the source's names of these classes.
+    features: the source's.
+  """
+
+  def __init__(self, source: 'TfdsSource | FolderSource', classes: tuple[int, ...]):
+    """Reads every label once.
+
+    Raises:
+      UserError: a class that the source does not have, or names twice, or no example is left.
+    """
+    self._source, self._classes = source, classes
+    count = len(source.class_names)
+    if len(set(classes)) < len(classes) or (count and not set(classes) <= set(range(count))):
+      raise UserError(f'classes {classes}: they must differ, and be numbers from 0 to {count - 1}')
+    number = {old: new for new, old in enumerate(classes)}
+    labels = [int(source[i]['label']) for i in range(len(source))]
+    self._kept = [(i, number[label]) for i, label in enumerate(labels) if label in number]
+    if not self._kept:
+      raise UserError(f'{source!r} has no example of the classes {classes}')
+    self.features = source.features
+    self.class_names = [source.class_names[i] for i in classes] if count else []
+
+  def __len__(self) -> int:
+    return len(self._kept)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    at, label = self._kept[index]
+    return {**self._source[at], 'label': label}
+
+  def __repr__(self) -> str:
+    return f'OnlyClasses({self._source!r}, {self._classes})'
+
+
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 
 

@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import linen as nn
 
 from configs import vit as vit_config
 from core import task as task_lib
 from core.config import UserError
+from vit_family import classification
 
 
 def png(image):
@@ -24,7 +26,7 @@ def task_of(arg='smoke', **changes):
 
 
 def test_zero_head_gives_the_bias_and_the_known_losses():
-  """Sheet section 15, check 2, through the task: ln C for softmax; C softplus(-10) + 10 for sigmoid."""
+  """ln C for softmax; C softplus(-10) + 10 for sigmoid."""
   for loss, bias, expected in (
       ('softmax', 0., np.log(10)), ('sigmoid', -10., 10 * np.log1p(np.exp(-10.)) + 10)):
     task = task_of(model__loss=loss, model__head_bias_init=bias)
@@ -52,10 +54,11 @@ def test_the_mask_leaves_rows_out():
   np.testing.assert_allclose(aux.metrics['accuracy'], other.metrics['accuracy'])
 
 
-@pytest.mark.parametrize('crop', ['inception', 'affine', 'none'])
+@pytest.mark.parametrize('crop', ['inception', 'affine', 'random', 'none'])
 @pytest.mark.parametrize('eval_crop', ['resize', 'resize_small'])
 def test_transform_shapes_and_determinism(crop, eval_crop):
-  task = task_of(data__crop=crop, data__eval_crop=eval_crop, data__channels=3, data__flip=True)
+  task = task_of(data__crop=crop, data__eval_crop=eval_crop, data__channels=3, data__flip=True,
+                 data__resize=20, data__randaugment_layers=2, data__randaugment_magnitude=15)
   image = np.random.default_rng(0).integers(0, 255, (37, 51, 3)).astype(np.uint8)
   example = {'image': png(image), 'label': 3}
   for train in (True, False):
@@ -77,7 +80,9 @@ def test_evaluation_ignores_the_rng():
 @pytest.mark.parametrize('change, match', [
     (dict(model__variant='XXL'), 'valid: Ti, S, B, L, H'), (dict(model__loss='hinge'), 'softmax'),
     (dict(model__classifier='cls'), 'token, gap'), (dict(data__crop='none of it'), 'inception'),
-    (dict(data__image_size=20), 'not a multiple of config.model.patch_size=8')])
+    (dict(data__image_size=20), 'not a multiple of config.model.patch_size=8'),
+    (dict(data__crop='random', data__resize=10), 'at least as large'),
+    (dict(data__vtab='dmlabs'), "did you mean 'dmlab'"), (dict(model__mixup=-1.), 'alpha')])
 def test_bad_configs(change, match):
   with pytest.raises(UserError, match=match):
     task_of(**change)
@@ -99,3 +104,91 @@ def test_a_folder_of_ones_own(tmp_path):
   assert len(task.dataset('train')) == 6 and len(task.dataset('test')) == 6
   made = task.transform(task.dataset('train')[5], np.random.default_rng(0), True)
   assert made['image'].shape == (224, 224, 3) and made['label'] == 1
+
+
+def test_mixup_blends_neighbours_and_their_labels():
+  images = jnp.arange(4.)[:, None, None, None] * jnp.ones((4, 2, 2, 1))
+  targets = jax.nn.one_hot(jnp.arange(4), 4)
+  mixed, labels = classification.mixup(images, targets, jax.random.key(1), .5)
+  share = float(labels[1, 1])
+  assert .5 <= share < 1
+  np.testing.assert_allclose(labels, share * np.eye(4) + (1 - share) * np.eye(4)[[3, 0, 1, 2]],
+                             rtol=1e-6)
+  np.testing.assert_allclose(mixed[:, 0, 0, 0], share * np.arange(4) + (1 - share) * np.array(
+      [3, 0, 1, 2]), rtol=1e-6)
+
+
+def test_mixup_draws_from_the_beta_distribution():
+  """max(a, 1 - a) with a ~ Beta(.2, .2) against scipy."""
+  shares = jax.vmap(lambda k: classification.mixup(
+      jnp.ones((2, 1, 1, 1)), jnp.eye(2), k, .2)[1][0, 0])(jax.random.split(jax.random.key(0), 2000))
+  law = scipy.stats.beta(.2, .2)
+  folded = lambda x: law.cdf(x) - law.cdf(1 - x)
+  assert scipy.stats.kstest(np.asarray(shares, np.float64), folded).pvalue > 1e-3
+
+
+def test_mixup_is_for_training_alone():
+  task = task_of(model__mixup=1., model__loss='sigmoid')
+  params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+  params['head']['kernel'] = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
+  rng = np.random.default_rng(0)
+  batch = {'image': jnp.asarray(rng.integers(0, 255, (4, 16, 16, 1)), jnp.uint8),
+           'label': jnp.arange(4, dtype=jnp.int32), 'mask': jnp.ones(4)}
+  loss = jax.jit(task.loss, static_argnums=3)
+  value = lambda key, train: float(loss(params, batch, jax.random.key(key), train)[0])
+  assert value(0, False) == value(1, False)
+  assert value(0, True) != value(1, True)
+
+
+def test_top_5_counts_ties_against_the_model():
+  logits = jnp.array([[6., 5, 4, 3, 2, 1, 0], [0., 0, 0, 0, 0, 0, 0], [9., 5, 4, 3, 2, 2, 1]])
+  np.testing.assert_array_equal(
+      classification.in_top(logits, jnp.array([4, 0, 5]), 5), [True, False, False])
+  np.testing.assert_array_equal(
+      classification.in_top(logits, jnp.array([5, 0, 0]), 5), [False, False, True])
+
+
+def test_only_some_classes(tmp_path):
+  for name in 'abc':
+    for split in ('train', 'test'):
+      (tmp_path / split / name).mkdir(parents=True)
+      for i in range(2):
+        (tmp_path / split / name / f'{i}.png').write_bytes(png(np.zeros((8, 8, 3), np.uint8)))
+  config = vit_config.get_config('ti16,folder')
+  config.data.update(dict(name=f'folder:{tmp_path}', classes=(2, 0)))
+  task = task_lib.load(config)
+  assert task.class_names == ['c', 'a'] and task.num_classes == 2
+  source = task.dataset('train')
+  assert [source[i]['label'] for i in range(len(source))] == [1, 1, 0, 0]
+  config.data.classes = (0, 3)
+  with pytest.raises(UserError, match='from 0 to 2'):
+    task_lib.load(config).dataset('train')
+
+
+@pytest.mark.parametrize('arg, expected', [
+    # ViT table 3 and 4, BiT-HyperRule, AugReg section 3.
+    ('b16,imagenet2012', ('adamw', 3e-3, .3, 'cosine', '300 epochs', 224, .1)),
+    ('l16,imagenet21k', ('adamw', 1e-3, .03, 'linear', '90 epochs', 224, .1)),
+    ('h14,jft', ('adamw', 3e-4, .1, 'linear', '14 epochs', 224, 0.)),
+    ('r50_l32,jft', ('adamw', 2e-4, .1, 'linear', '7 epochs', 224, 0.)),
+    ('r152x2,jft', ('adamw', 6e-4, .1, 'linear', '7 epochs', 224, 0.)),
+    ('s16,imagenet21k,augreg', ('adamw', 1e-3, .1, 'cosine', '300 epochs', 224, 0.)),
+    ('b16,cifar10', ('sgd', .01, 0., 'cosine', '10000 steps', 384, 0.)),
+    ('l16,pets', ('sgd', .01, 0., 'cosine', '500 steps', 384, .1)),
+    ('h14,imagenet2012,finetune512', ('sgd', .03, 0., 'cosine', '20000 steps', 518, .1)),
+    ('b16,vtab_kitti_distance', ('sgd', .01, 0., 'cosine', '2500 steps', 384, 0.)),
+    ('r50x1,cifar100', ('sgd', .003, 0., 'step', '10000 steps', 128, 0.)),
+    ('r101x1,flowers', ('sgd', .003, 0., 'step', '500 steps', 480, 0.))])
+def test_recipes(arg, expected):
+  config = vit_config.get_config(arg)
+  optim = config.optim
+  assert (optim.name, optim.lr, optim.weight_decay, optim.schedule.name, config.steps,
+          config.data.image_size, config.model.dropout_rate) == expected
+
+
+def test_recipes_that_do_not_exist_say_what_does():
+  for arg, match in (('b16', 'write MODEL,DATASET'), ('b61,cifar10', 'did you mean .b16'),
+                     ('b16,cifar11', 'did you mean .cifar10'), ('b16,cifar10,tune', 'finetune'),
+                     ('b16,jft,finetune', 'nobody fine-tunes'), ('hunger,vit,2', 'PERCENT')):
+    with pytest.raises(UserError, match=match):
+      vit_config.get_config(arg)
