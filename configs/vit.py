@@ -93,10 +93,7 @@ PARAMETERS = {
     'b16,imagenet21k': 103_186_515, 'l16,imagenet21k': 326_740_307,
     'h14,imagenet21k': 660_385_363, 's16,imagenet21k,augreg': 30_075_219,
     'b16,imagenet2012,finetune': 86_859_496, 'l32,imagenet2012,finetune': 306_632_680,
-    'r50x1,imagenet2012': 25_549_352, 'r50x3,imagenet2012': 217_319_080,
-    'r101x1,imagenet2012': 44_541_480, 'r101x3,imagenet2012': 387_934_888,
-    'r152x2,imagenet2012': 236_335_208, 'r152x4,imagenet2012': 936_533_224,
-    'r152x4,imagenet21k': 1_107_299_923}
+    'r50x1,imagenet2012': 25_549_352, 'r152x4,imagenet21k': 1_107_299_923}
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

@@ -45,7 +45,9 @@ _TIMM_BLOCK = {
 _TIMM = {
     'cls_token': 'cls', 'pos_embed': POSITIONS, 'patch_embed.proj': 'embedding',
     'norm': 'Transformer/encoder_norm', 'pre_logits.fc': 'pre_logits', 'head': 'head',
-    'patch_embed.backbone.stem.conv': 'conv_root', 'patch_embed.backbone.stem.norm': 'gn_root'}
+    'patch_embed.backbone.stem.conv': 'conv_root', 'patch_embed.backbone.stem.norm': 'gn_root',
+    # A stem without stages behind it is the whole backbone.
+    'patch_embed.backbone.conv': 'conv_root', 'patch_embed.backbone.norm': 'gn_root'}
 _TIMM_UNIT = re.compile(r'patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.(.+)')
 _TIMM_CONVS = {
     **{f'conv{i}': f'conv{i}' for i in (1, 2, 3)}, **{f'norm{i}': f'gn{i}' for i in (1, 2, 3)},

@@ -118,7 +118,9 @@ def test_timm_names_and_its_fused_projection():
 
 
 def test_timm_hybrids():
-  names = {'patch_embed.backbone.stem.conv.weight': ('conv_root/kernel', (64, 3, 7, 7)),
+  names = {'patch_embed.backbone.conv.weight': ('conv_root/kernel', (64, 3, 7, 7)),
+           'patch_embed.backbone.norm.bias': ('gn_root/bias', (64,)),
+           'patch_embed.backbone.stem.conv.weight': ('conv_root/kernel', (64, 3, 7, 7)),
            'patch_embed.backbone.stem.norm.weight': ('gn_root/scale', (64,)),
            'patch_embed.backbone.stages.1.blocks.0.conv2.weight':
                ('block2/unit1/conv2/kernel', (16, 8, 3, 3)),
