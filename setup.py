@@ -40,6 +40,7 @@ setup(
         'test': ['chex>=0.1.91,<0.2', 'pillow>=11,<14', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4'],
         # On a TPU, and to compile for one elsewhere. Older ones describe some slices otherwise.
         'tpu': ['libtpu>=0.0.51,<0.1'],
+        'gcs': ['etils[epath-gcs]>=1.12,<2'],  # config.init_from=gs://...
         'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
         # For some tfds sets; never imported in training.
         'prepare': ['tensorflow>=2.18,<3', 'apache-beam>=2.60,<3', 'importlib_resources>=6,<8'],

@@ -196,7 +196,8 @@ def local_copy(path: str) -> pathlib.Path:
       target.parent.mkdir(parents=True, exist_ok=True)
       _fetch(path, target)
     except ImportError as e:
-      raise UserError(f'config.init_from={path!r}: {e}; a public bucket is also at '
+      raise UserError(f"config.init_from={path!r}: {e}; `pip install -e '.[gcs]'` reads gs://, and "
+                      'a public bucket is also at '
                       f'https://storage.googleapis.com/{url.netloc}{url.path}') from e
     except (OSError, ValueError) as e:
       raise UserError(f'config.init_from={path!r}: cannot be fetched ({e}); fetch it by other '

@@ -190,13 +190,14 @@ def numbers(distance: np.ndarray, embedding: np.ndarray, image_size: tuple[int, 
 def predictions(image, label, predicted, names, path: pathlib.Path, columns: int = 10) -> None:
   """A grid of test images; wrong answers are red and say what was right."""
   rows = -(-len(image) // columns)
-  figure = Figure(figsize=(columns, 1.25 * rows + .4), layout='constrained')
+  figure = Figure(figsize=(columns, 1.45 * rows + .4), layout='constrained')
   cells = figure.subplots(rows, columns, squeeze=False)
   for axes in cells.flat:
     axes.axis('off')
   for axes, one, truth, answer in zip(cells.flat, image, label, predicted):
     right = truth == answer
-    show(axes, one, names[answer] if right else f'{names[answer]} (is {names[truth]})',
+    # Two lines always, so that images of a row stand level.
+    show(axes, one, f'{names[answer]}\n' if right else f'{names[answer]}\n(is {names[truth]})',
          'black' if right else 'red')
   wrong = int((label != predicted).sum())
   figure.suptitle(f'the first {len(image)} test images and their predicted classes: {wrong} wrong',
