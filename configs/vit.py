@@ -261,7 +261,10 @@ def _augreg(config: ml_collections.ConfigDict, data: str, preset: str) -> None:
   if not preset:
     table = _AUGREG.get(data, _AUGREG['imagenet2012'])
     size = 'S/32' if (variant, patch) in (('S', 32), ('S', 1)) else variant
-    preset = choose('configs/vit.py augreg model', size, table)
+    if size not in table:
+      raise UserError(f'configs/vit.py:...,augreg: there is no public choice for {size}; name one: '
+                      f'{", ".join(f"augreg_{name}" for name in randaugment.PRESETS)}')
+    preset = table[size]
   layers, magnitude, mixup = randaugment.PRESETS[preset]
   config.data.update(dict(randaugment_layers=layers, randaugment_magnitude=magnitude))
   config.model.update(dict(mixup=mixup, loss='sigmoid', head_bias_init=(
@@ -296,7 +299,8 @@ def _finetune(config: ml_collections.ConfigDict, model: str, data: str, large: b
   config.eval.every = config.checkpoint.every = '10%'
   if DATASETS[data].get('vtab'):
     found = vtab.TASKS[DATASETS[data]['vtab']]
-    config.data.update(dict(flip=found.flip, crop='random' if found.crop else 'none', resize=448))
+    config.data.update(dict(flip=found.flip, crop='random' if found.crop else 'none',
+                            resize=config.data.image_size * 7 // 6))  # 448 for 384
 
 
 def _hyperrule(config: ml_collections.ConfigDict, data: str) -> None:

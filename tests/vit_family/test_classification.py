@@ -192,3 +192,14 @@ def test_recipes_that_do_not_exist_say_what_does():
                      ('b16,jft,finetune', 'nobody fine-tunes'), ('hunger,vit,2', 'PERCENT')):
     with pytest.raises(UserError, match=match):
       vit_config.get_config(arg)
+
+
+def test_every_recipe_for_its_models_makes_a_task():
+  for model in ('ti16', 'h14', 'r50_b16', 'r50x1'):
+    for data in vit_config.DATASETS:
+      for recipe in ('pretrain', 'augreg_light2', 'finetune', 'finetune512'):
+        if recipe.startswith('fine') and data in ('jft', 'imagenet21k'):
+          continue
+        task_lib.load(vit_config.get_config(f'{model},{data},{recipe}'))
+  with pytest.raises(UserError, match='augreg_strong2'):
+    vit_config.get_config('h14,imagenet2012,augreg')
