@@ -39,14 +39,20 @@ class Checkpoints:
         keep.append(policies.BestN(get_metric_fn=lambda m: m[name], reverse=reverse, n=1,
                                    keep_checkpoints_without_metrics=False))
     self.best = options.best if options is not None else ''
-    self._manager = ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
-            enable_async_checkpointing=True, read_only=options is None,
-            create=options is not None),
-        item_handlers={'state': ocp.PyTreeCheckpointHandler(),
-                       'extra': ocp.JsonCheckpointHandler()})
+    verbosity = logging.get_verbosity()
+    if options is None:
+      logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, as it was told.
+    try:
+      self._manager = ocp.CheckpointManager(
+          directory.absolute(),
+          options=ocp.CheckpointManagerOptions(
+              preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
+              enable_async_checkpointing=True, read_only=options is None,
+              create=options is not None),
+          item_handlers={'state': ocp.PyTreeCheckpointHandler(),
+                         'extra': ocp.JsonCheckpointHandler()})
+    finally:
+      logging.set_verbosity(verbosity)
 
   def steps(self) -> list[int]:
     """Steps of all finished checkpoints, oldest first."""
