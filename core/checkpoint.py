@@ -8,10 +8,12 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from core import partition
 from core.config import UserError
+from core.weights import Weight
 
 
 class Checkpoints:
@@ -159,6 +161,46 @@ class Checkpoints:
       kept = 'without' if saved['ema'] is None else 'with'
       raise UserError(f'{self._where(step)} was saved {kept} a moving average of the parameters; '
                       'set config.ema as it was')
+
+
+def open_params(path: str) -> dict[str, Weight]:
+  """Parameters of a workdir's newest checkpoint (averaged where there is an average), unread."""
+  directory = (pathlib.Path(path) / 'checkpoints').absolute()
+  checkpoints = Checkpoints(directory)
+  try:
+    steps = checkpoints.steps()
+  finally:
+    checkpoints.close()
+  if not steps:
+    raise UserError(f'{path} holds no checkpoint; name another config.init_from')
+  where = f'checkpoint {steps[-1]} in {directory}'
+  source = directory / str(steps[-1]) / 'state'
+  reader = ocp.PyTreeCheckpointer()
+
+  def attempt(fn):
+    try:
+      return fn()
+    except Exception as e:  # pylint: disable=broad-except
+      # Whatever a damaged file makes the reader say, there is one way on.
+      reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+      raise UserError(f'{where} cannot be read ({reason}); move it away to use the one before '
+                      'it') from e
+
+  def read(keys: tuple[str, ...]) -> np.ndarray:
+    item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(keys):
+      item = {key: item}
+    tree = attempt(lambda: reader.restore(source, args=ocp.args.PyTreeRestore(
+        item=jax.tree.map(lambda _: 0, item), restore_args=item, partial_restore=True)))
+    for key in keys:
+      tree = tree[key]
+    return tree
+
+  saved = attempt(lambda: ocp.PyTreeCheckpointHandler().metadata(epath.Path(source)).tree)
+  kind = 'ema' if saved['ema'] is not None else 'params'
+  return {partition.path_name(keys): Weight(
+      tuple(leaf.shape), lambda keys=keys: read((kind, *(key.key for key in keys))))
+          for keys, leaf in jax.tree_util.tree_leaves_with_path(saved[kind])}
 
 
 def _restore_args(shape, partial: bool = False):

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from core import partition
-from core.checkpoint import Checkpoints, compare_shapes, shapes
+from core.checkpoint import Checkpoints, compare_shapes, open_params, shapes
 from core.config import UserError
 from core.plan import Plan
-from core.weights import Weight, Weights, local_copy
+from core.weights import Weights, local_copy
 
 
 def load_into(plan: Plan, state, path: str):
@@ -41,7 +39,7 @@ def load_into(plan: Plan, state, path: str):
   fresh = dict(_named(state.params))
   averages = dict(_named(state.ema)) if state.ema is not None else {}
   treedef = jax.tree.structure(plan.params_shape)
-  weights = _open_workdir(path) if _is_workdir(path) else _open_foreign(plan, path)
+  weights = open_params(path) if _is_workdir(path) else _open_foreign(plan, path)
   weights = _settle(plan, path, weights, transfer=True)
   for name, placed in _placed(plan, weights, drop=lambda name: fresh[name].delete()):
     fresh[name] = placed
@@ -136,43 +134,3 @@ def _placed(plan: Plan, weights: Weights, drop: Callable[[str], None] = lambda n
     yield name, jax.make_array_from_callback(
         target.shape, target.sharding, lambda index, value=value: value[index])
     del value
-
-
-def _open_workdir(path: str) -> dict[str, Weight]:
-  """Parameters of a workdir's newest checkpoint (averaged where there is an average), unread."""
-  directory = (pathlib.Path(path) / 'checkpoints').absolute()
-  checkpoints = Checkpoints(directory)
-  try:
-    steps = checkpoints.steps()
-  finally:
-    checkpoints.close()
-  if not steps:
-    raise UserError(f'{path} holds no checkpoint; name another config.init_from')
-  where = f'checkpoint {steps[-1]} in {directory}'
-  source = directory / str(steps[-1]) / 'state'
-  reader = ocp.PyTreeCheckpointer()
-
-  def attempt(fn):
-    try:
-      return fn()
-    except Exception as e:  # pylint: disable=broad-except
-      # Whatever a damaged file makes the reader say, there is one way on.
-      reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-      raise UserError(f'{where} cannot be read ({reason}); move it away to use the one before '
-                      'it') from e
-
-  def read(keys: tuple[str, ...]) -> np.ndarray:
-    item: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    for key in reversed(keys):
-      item = {key: item}
-    tree = attempt(lambda: reader.restore(source, args=ocp.args.PyTreeRestore(
-        item=jax.tree.map(lambda _: 0, item), restore_args=item, partial_restore=True)))
-    for key in keys:
-      tree = tree[key]
-    return tree
-
-  saved = attempt(lambda: ocp.PyTreeCheckpointHandler().metadata(epath.Path(source)).tree)
-  kind = 'ema' if saved['ema'] is not None else 'params'
-  return {partition.path_name(keys): Weight(
-      tuple(leaf.shape), lambda keys=keys: read((kind, *(key.key for key in keys))))
-          for keys, leaf in jax.tree_util.tree_leaves_with_path(saved[kind])}

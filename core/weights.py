@@ -3,6 +3,7 @@
 Foreign files come as numpy archives (`.npz`) or `.safetensors`, from a local path or a URL.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -11,7 +12,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 import jax
@@ -205,9 +206,19 @@ def local_copy(path: str) -> pathlib.Path:
   return target
 
 
-def _fetch(url: str, target: pathlib.Path) -> None:
-  temporary = target.with_name(f'{target.name}.{os.getpid()}.tmp')
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a place beside `path`; what is written there becomes `path` when the block ends well."""
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _fetch(url: str, target: pathlib.Path) -> None:
+  with appearing(target) as temporary:
     if url.startswith('gs://'):
       source, size = epath.Path(url).open('rb'), epath.Path(url).stat().length
     else:
@@ -222,6 +233,3 @@ def _fetch(url: str, target: pathlib.Path) -> None:
       received = out.tell()
     if size and received != size:
       raise OSError(f'{received:,} of {size:,} bytes came')
-    temporary.replace(target)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ import importlib
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import chex
 import jax
@@ -114,3 +116,10 @@ def test_task_opens_no_file_when_made(paper, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', '/nowhere')
   task_lib.load(config).batch_spec(2)
   assert not pathlib.Path('/nowhere').exists()
+
+
+def test_a_config_imports_no_jax(paper):
+  """Mode compile must set JAX's environment first, and the config comes before the mode."""
+  code = f"import sys, configs.{paper} as c; c.get_config(''); sys.exit('jax' in sys.modules)"
+  root = pathlib.Path(__file__).resolve().parent.parent
+  assert subprocess.run([sys.executable, '-c', code], cwd=root).returncode == 0

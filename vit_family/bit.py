@@ -4,7 +4,6 @@ The convolutional baseline of the ViT paper (its section 4.1). Parameters have t
 of the public BiT files without their `resnet/` prefix, but for the head, which is a plain matrix.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,30 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit_family import resnet
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """The size of a ResNet: residual units in each stage, and what multiplies all channels."""
-  stages: tuple[int, ...]
-  width_factor: float
-
-
-VARIANTS = {
-    'R26x1': Variant((2, 2, 2, 2), 1),
-    'R50x1': Variant((3, 4, 6, 3), 1),
-    'R50x2': Variant((3, 4, 6, 3), 2),
-    'R50x3': Variant((3, 4, 6, 3), 3),
-    'R101x1': Variant((3, 4, 23, 3), 1),
-    'R101x3': Variant((3, 4, 23, 3), 3),
-    'R152x1': Variant((3, 8, 36, 3), 1),
-    'R152x2': Variant((3, 8, 36, 3), 2),
-    'R152x4': Variant((3, 8, 36, 3), 4),
-    'R200x3': Variant((3, 24, 36, 3), 3),
-    # Ours: for the small runs on a laptop, and for tests.
-    'R26x0.5': Variant((2, 2, 2, 2), 0.5),
-    'R14x0.5': Variant((1, 1, 1, 1), 0.5),
-}
+from vit_family.variants import BIT as VARIANTS
+from vit_family.variants import BiT as Variant
 
 
 class BiT(nn.Module):

@@ -6,7 +6,6 @@ number each type by itself, as big_vision's files do. Blocks are stored one by o
 big_vision also stacked.
 """
 
-import os
 import pathlib
 import re
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from core.config import UserError
 from core.nn import blocks
-from core.weights import Weight, Weights, open_npz, open_safetensors
+from core.weights import Weight, Weights, appearing, open_npz, open_safetensors
 from vit_family.transfer import POSITIONS
 
 # Ours -> public, within an encoder block.
@@ -94,13 +93,8 @@ def to_public(params) -> dict[str, np.ndarray]:
 def write_npz(params, path: pathlib.Path) -> pathlib.Path:
   """Writes `path` with the ending .npz; returns the file, which appears only when it is whole."""
   path = path.with_suffix('.npz')
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    with temporary.open('wb') as file:
-      np.savez(file, **to_public(params))
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with appearing(path) as temporary, temporary.open('wb') as file:
+    np.savez(file, **to_public(params))
   return path
 
 

@@ -91,8 +91,8 @@ class Task(task.Task):
   def transform(self, example, rng, train):
     data = self.config.data
     image = images.decode(example['image'], data.channels)
-    if data.vtab:
-      image = image * np.uint8(vtab.TASKS[data.vtab].scale)
+    if data.vtab and (scale := vtab.TASKS[data.vtab].scale) != 1:
+      image = image * np.uint8(scale)
     if train:
       image = self._train_crop(image, rng)
       if data.flip:

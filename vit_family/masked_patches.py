@@ -62,18 +62,15 @@ class MaskedPatchModel(nn.Module):
     The predictions are for `corruption.chosen`, in its order; `train` switches dropout on.
     """
     x = vit.PatchEmbedding(self.patch_size, self.width, dtype=self.dtype, name='embedding')(images)
-    names = (None, None, 'embed')
     mask_token = self.param(
-        'mask_token', nn.with_logical_partitioning(nn.initializers.normal(.02), names),
+        'mask_token', nn.with_logical_partitioning(
+            nn.initializers.normal(.02), (None, None, 'embed')),
         (1, 1, self.width), jnp.float32)
     other = jnp.take_along_axis(x, corruption.source[..., None], axis=1)
     x = jnp.where(corruption.replaced[..., None], other, x)
     x = jnp.where(corruption.masked[..., None], mask_token.astype(self.dtype), x)
     if self.token:
-      cls = self.param('cls', nn.with_logical_partitioning(nn.initializers.zeros, names),
-                       (1, 1, self.width), jnp.float32)
-      cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, self.width))
-      x = jnp.concatenate([cls, x], axis=1)
+      x = vit.prepend_class_token(self, x)
     x = vit.Encoder(
         depth=self.depth, mlp_dim=self.mlp_dim, heads=self.heads, dropout_rate=self.dropout_rate,
         attention_dropout_rate=self.attention_dropout_rate,

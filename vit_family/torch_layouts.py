@@ -5,7 +5,6 @@ attention heads folded into the width; timm fuses query, key and value.
 """
 
 import json
-import os
 import pathlib
 import re
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from core.config import UserError
 from core.nn import blocks
-from core.weights import Weight, Weights
+from core.weights import Weight, Weights, appearing
 from vit_family.transfer import LAYERS, POSITIONS
 
 _ATTENTION = 'MultiHeadDotProductAttention_0'
@@ -198,16 +197,8 @@ def write_huggingface(params, path: pathlib.Path, *, image_size: int, activation
       'id2label': {str(i): name for i, name in enumerate(class_names)},
       'label2id': {name: i for i, name in enumerate(class_names)}}
   path.mkdir(parents=True, exist_ok=True)
-  _write(path / 'model.safetensors',
-         lambda file: safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'}))
-  _write(path / 'config.json', lambda file: file.write_text(json.dumps(config, indent=2) + '\n'))
+  with appearing(path / 'model.safetensors') as file:
+    safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
+  with appearing(path / 'config.json') as file:
+    file.write_text(json.dumps(config, indent=2) + '\n')
   return path
-
-
-def _write(path: pathlib.Path, write) -> None:
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    write(temporary)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)

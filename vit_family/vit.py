@@ -4,7 +4,6 @@ Parameters have the names and shapes of the public Google checkpoints in today's
 that loading one is a renaming.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,37 +16,8 @@ from core.nn import attention
 from core.nn import blocks
 from core.nn import positions
 from vit_family import resnet
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """The size of an encoder.
-
-  B, L and H are ViT table 1, Ti and S "How to train your ViT" table 1, g and G "Scaling Vision
-  Transformers" (arXiv 2106.04560), M and So400m big_vision's.
-  """
-  width: int
-  depth: int
-  mlp_dim: int
-  heads: int
-
-
-VARIANTS = {
-    'Ti': Variant(192, 12, 768, 3),
-    'S': Variant(384, 12, 1536, 6),
-    'B': Variant(768, 12, 3072, 12),
-    'L': Variant(1024, 24, 4096, 16),
-    'H': Variant(1280, 32, 5120, 16),
-    'g': Variant(1408, 40, 6144, 16),
-    'G': Variant(1664, 48, 8192, 16),
-    'M': Variant(512, 12, 2048, 8),
-    'So400m': Variant(1152, 27, 4304, 16),
-    # Ours, for the small runs on a laptop.
-    'mini': Variant(64, 6, 128, 4),
-    # For tests: big_vision's mu, and vit_jax's "testing".
-    'mu': Variant(32, 1, 128, 2),
-    'testing': Variant(10, 1, 10, 2),
-}
+from vit_family.variants import VIT as VARIANTS
+from vit_family.variants import ViT as Variant
 
 CLASSIFIERS = ('token', 'gap', 'map')
 
@@ -122,11 +92,7 @@ class VisionTransformer(nn.Module):
       x = resnet.backbone(x, self.stages, self.width_factor, dtype=self.dtype, remat=self.remat)
     x = PatchEmbedding(self.patch_size, self.width, dtype=self.dtype, name='embedding')(x)
     if self.classifier == 'token':
-      cls = self.param(
-          'cls', nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed')),
-          (1, 1, self.width), jnp.float32)
-      cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, self.width))
-      x = jnp.concatenate([cls, x], axis=1)
+      x = prepend_class_token(self, x)
     x = Encoder(
         depth=self.depth, mlp_dim=self.mlp_dim, heads=self.heads, dropout_rate=self.dropout_rate,
         attention_dropout_rate=self.attention_dropout_rate,
@@ -155,6 +121,18 @@ class VisionTransformer(nn.Module):
         bias_init=nn.with_logical_partitioning(
             nn.initializers.constant(self.head_bias_init), ('classes',)))(x)
     return logits, features
+
+
+def prepend_class_token(module: nn.Module, x: jax.Array) -> jax.Array:
+  """Puts `module`'s parameter `cls` `[1, 1, width]` before x `[batch, tokens, width]`.
+
+  Call it inside the compact module whose parameter the class token is to be.
+  """
+  batch, _, width = x.shape
+  cls = module.param(
+      'cls', nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed')),
+      (1, 1, width), jnp.float32)
+  return jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, width)), x], axis=1)
 
 
 class PatchEmbedding(nn.Module):

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from core import metrics
 from core.config import UserError, choose
 
 GROUPS = ('natural', 'specialized', 'structured')
@@ -170,6 +169,7 @@ def read_workdir(workdir: pathlib.Path) -> tuple[str, float]:
   Raises:
     UserError: no run, a run of no VTAB task, or one that has not been tested.
   """
+  from core import metrics  # It imports JAX, which configs, that read TASKS, must not.
   config_path, metrics_path = workdir / 'config.json', workdir / 'metrics.jsonl'
   config = _read(config_path, lambda path: json.loads(path.read_text()))
   data = config.get('data') if isinstance(config, dict) else None

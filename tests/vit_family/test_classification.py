@@ -120,8 +120,9 @@ def test_mixup_blends_neighbours_and_their_labels():
 
 def test_mixup_draws_from_the_beta_distribution():
   """max(a, 1 - a) with a ~ Beta(.2, .2) against scipy."""
+  keys = jax.random.split(jax.random.key(0), 2000)
   shares = jax.vmap(lambda k: classification.mixup(
-      jnp.ones((2, 1, 1, 1)), jnp.eye(2), k, .2)[1][0, 0])(jax.random.split(jax.random.key(0), 2000))
+      jnp.ones((2, 1, 1, 1)), jnp.eye(2), k, .2)[1][0, 0])(keys)
   law = scipy.stats.beta(.2, .2)
   folded = lambda x: law.cdf(x) - law.cdf(1 - x)
   assert scipy.stats.kstest(np.asarray(shares, np.float64), folded).pvalue > 1e-3
