@@ -15,12 +15,12 @@ import pytest
 from flax import linen as nn
 
 from core import checkpoint, config as config_lib, metrics, task as task_lib, train
-from core.data import pipeline
+from core.data import devices, pipeline
 from core.plan import make_plan
 
 
 def _first_batch(plan):
-  rows = pipeline.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
+  rows = devices.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
   stream = pipeline.train_stream(
       plan.task.dataset('train'), functools.partial(plan.task.transform, train=True),
       batch_size=plan.config.batch_size, rows=rows, seed=plan.config.seed)
@@ -50,7 +50,7 @@ def test_loss_falls_when_one_batch_is_memorised(paper, smoke):
   config.optim.schedule.name = 'constant'
   plan = make_plan(config)
   batch, rows = _first_batch(plan)
-  batch = pipeline.to_device(batch, plan.batch_sharding, config.batch_size, rows)
+  batch = devices.to_device(batch, plan.batch_sharding, config.batch_size, rows)
   state = plan.init(jax.random.key(0))
   losses = []
   for _ in range(plan.steps):

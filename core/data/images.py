@@ -6,10 +6,13 @@ function of its seed. Conventions are those of the Vision Transformer's public c
 without antialiasing, area for `resize_small`. Values stay uint8; models scale them on the device.
 """
 
+import pathlib
 import struct
 
 import cv2
 import numpy as np
+
+from core.config import UserError
 
 # One image is far too little work for a thread pool, and every grain worker would start its own.
 cv2.setNumThreads(0)
@@ -123,6 +126,37 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
   return image[..., None] if channels == 1 else image
 
 
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def files(inputs: pathlib.Path) -> list[pathlib.Path]:
+  """An image file itself, or the images of a folder by name. Raises `UserError` for neither."""
+  if not inputs.exists():
+    raise UserError(f'--input={inputs}: no such file or folder')
+  if inputs.is_file():
+    return [inputs]
+  found = sorted(p for p in inputs.iterdir() if p.suffix.lower() in EXTENSIONS)
+  if not found:
+    raise UserError(f'--input={inputs}: no images in this folder; known endings: '
+                    f'{", ".join(sorted(EXTENSIONS))}')
+  return found
+
+
+def read(path: pathlib.Path, channels: int) -> np.ndarray:
+  """A user's image file, see `decode`. Raises `UserError` when it cannot be read."""
+  try:
+    return decode(path.read_bytes(), channels)
+  except ImageError as e:
+    raise UserError(f'{path}: {e}') from e
+
+
+def write(path: pathlib.Path, image: np.ndarray) -> None:
+  """Writes uint8 `[height, width, 1 or 3]` as a PNG."""
+  if image.shape[-1] == 3:
+    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+  path.write_bytes(cv2.imencode('.png', image)[1].tobytes())
+
+
 # --- Sizes ---------------------------------------------------------------------------------------
 
 
@@ -180,6 +214,12 @@ def central_crop(image: np.ndarray, size: int) -> np.ndarray:
   _check_crop(image, size)
   top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
   return image[top:top + size, left:left + size]
+
+
+def reflect_pad(image: np.ndarray, border: int) -> np.ndarray:
+  """Adds `border` pixels on each side of `[h, w, c]`, a mirror image without the outermost row."""
+  out = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_REFLECT_101)
+  return out.reshape(*out.shape[:2], -1)
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
