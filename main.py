@@ -92,7 +92,7 @@ def _dispatch(config, workdir: pathlib.Path | None) -> None:
   if FLAGS.mode == 'predict':
     modes.predict(config, workdir, pathlib.Path(FLAGS.input))
   elif FLAGS.mode == 'inspect':
-    modes.inspect(config)
+    modes.inspect(config, workdir)
   else:
     getattr(modes, FLAGS.mode)(config, workdir)
 

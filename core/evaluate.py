@@ -10,7 +10,7 @@ import numpy as np
 
 from core import metrics as metrics_lib
 from core.config import RunFailed
-from core.data import pipeline
+from core.data import devices, pipeline
 from core.plan import Plan
 
 
@@ -46,19 +46,19 @@ class EvalRun:
     plan = self.plan
     spec = plan.task.batch_spec(self.batch_size)
     shardings = plan.batch_shardings(spec)
-    rows = pipeline.process_rows(shardings['mask'], self.batch_size)
+    rows = devices.process_rows(shardings['mask'], self.batch_size)
     source = plan.task.dataset(split)
     stream = pipeline.eval_stream(source, functools.partial(plan.task.transform, train=False),
                                   batch_size=self.batch_size, rows=rows)
-    put = lambda batch: pipeline.to_device(
+    put = lambda batch: devices.to_device(
         {k: v for k, v in batch.items() if k in spec}, shardings, self.batch_size, rows)
-    with pipeline.prefetch(stream, put) as device_batches:
+    with devices.prefetch(stream, put) as device_batches:
       yield from device_batches
 
-  def jit(self, fn: Callable) -> Callable:
+  def jit(self, fn: Callable, **kwargs) -> Callable:
     """Compiles `fn(params, batch)` once for this run; its results are whole on every host."""
     if fn not in self._compiled:
-      self._compiled[fn] = self.plan.jit(fn, out_shardings=self.plan.layout.replicated)
+      self._compiled[fn] = self.plan.jit(fn, out_shardings=self.plan.layout.replicated, **kwargs)
     return self._compiled[fn]
 
   def map(self, fn: Callable, params, split: str) -> Iterator[dict[str, np.ndarray]]:

@@ -19,8 +19,8 @@ from core.train import claim_workdir
 def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Builds what the task needs once, and reads one example to see that its data is there."""
   claim_workdir(workdir)
-  plan = make_plan(config)
-  plan.task.prepare(workdir)
+  plan = make_plan(config, workdir=workdir)
+  plan.prepare()
   source = plan.task.dataset(plan.task.train_split)
   print(f'{config.data.name}: {len(source):,} training examples are ready')
 
@@ -35,7 +35,8 @@ def _params(plan: Plan, workdir: pathlib.Path):
 def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Runs every evaluator on the newest checkpoint; appends its line to metrics.jsonl."""
   claim_workdir(workdir)
-  plan = make_plan(config)
+  plan = make_plan(config, workdir=workdir)
+  plan.prepare()
   params, step = _params(plan, workdir)
   say = print if jax.process_index() == 0 else lambda text: None
   say(f'evaluating step {step}' if step else f'evaluating {config.init_from}')
@@ -51,7 +52,8 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   if not inputs.exists():
     raise UserError(f'--input={inputs}: no such file or folder')
   claim_workdir(workdir)
-  plan = make_plan(config)
+  plan = make_plan(config, workdir=workdir)
+  plan.prepare()
   params, _ = _params(plan, workdir)
   out = workdir / 'predictions'
   out.mkdir(exist_ok=True)
@@ -64,7 +66,8 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path,
 def export(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes the parameters in the ecosystem's own format: DIR/export.*."""
   claim_workdir(workdir)
-  plan = make_plan(config)
+  plan = make_plan(config, workdir=workdir)
+  plan.prepare()
   params, _ = _params(plan, workdir)
   params = jax.tree.map(plan.fetch, params)
   if jax.process_index() == 0:
@@ -72,9 +75,9 @@ def export(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     print(f'wrote {path}')
 
 
-def inspect(config: ml_collections.ConfigDict) -> None:
+def inspect(config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> None:
   """Prints what a config is made of: parameters, batch, shardings, one element of the data."""
-  plan = make_plan(config)
+  plan = make_plan(config, workdir=workdir)
   leaves = jax.tree_util.tree_leaves_with_path(plan.params_shape)
   width = max(len(partition.path_name(path)) for path, _ in leaves)
   for path, p in leaves:

@@ -6,6 +6,7 @@ are shapes, so the same plan trains on this machine or is compiled for one that 
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,14 @@ class Plan:
   def params_shape(self):
     return self.state_shape.params
 
+  def prepare(self) -> None:
+    """Lets the first process build what the task needs once, while the others wait for it."""
+    if jax.process_index() == 0:
+      self.task.prepare()
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils  # only where there are several hosts
+      multihost_utils.sync_global_devices('prepare')
+
   def jit(self, fn: Callable, **kwargs) -> Callable:
     """`jax.jit` that traces under this plan's layout."""
     @functools.wraps(fn)
@@ -78,19 +87,21 @@ class Plan:
 
 
 def make_plan(config: ml_collections.ConfigDict,
-              devices: Sequence[jax.Device] | None = None) -> Plan:
+              devices: Sequence[jax.Device] | None = None,
+              workdir: pathlib.Path | None = None) -> Plan:
   """Builds the plan.
 
   Args:
     config: a config.
     devices: devices of the mesh, those of the running backend by default; pass a topology's to
       compile for it.
+    workdir: of the run, for the task.
 
   Raises:
     UserError: anything in the config that cannot work, before any long work.
   """
   validate(config)
-  task = task_lib.load(config)
+  task = task_lib.load(config, workdir)
   layout = partition.make_layout(config, devices)
   examples = config.data.examples or None
   needs_examples = 'epoch' in str(config.to_dict())

@@ -55,15 +55,17 @@ class Task:
   Attributes:
     config: the whole config.
     model: the linen module.
+    workdir: of the run, where what `prepare` left is found; None when there is none.
   """
   model: nn.Module
+  workdir: pathlib.Path | None = None
 
   def __init__(self, config: ml_collections.ConfigDict):
     self.config = config
 
   def __reduce__(self):
     # A data worker gets the config and builds the task anew: models do not travel.
-    return type(self), (self.config,)
+    return _make, (type(self), self.config, self.workdir)
 
   # What a paper must say.
 
@@ -100,8 +102,11 @@ class Task:
     """Examples an epoch: from the config when it says so, else counted in the data."""
     return self.config.data.examples or len(self.dataset(self.train_split))
 
-  def prepare(self, workdir: pathlib.Path) -> None:
-    """Builds what is needed once before training (a vocabulary, a palette) and leaves a file."""
+  def prepare(self) -> None:
+    """Builds what is needed once (a vocabulary, a palette) and leaves a file in `workdir`.
+
+    The first process calls it in every mode that reads data, so what is there already is kept.
+    """
 
   def update(self, state, batch, rng: jax.Array, optimizer: optax.GradientTransformation):
     """One optimization step; only sparse-row methods replace it."""
@@ -139,7 +144,7 @@ class Task:
     raise UserError(f'{self.config.task} has no export format')
 
 
-def load(config: ml_collections.ConfigDict) -> Task:
+def load(config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None) -> Task:
   """Imports the module that `config.task` names and makes its task."""
   try:
     module = importlib.import_module(config.task)
@@ -150,7 +155,13 @@ def load(config: ml_collections.ConfigDict) -> Task:
     raise
   if not hasattr(module, 'Task'):
     raise UserError(f'config.task={config.task!r} has no class Task; valid: {", ".join(_known())}')
-  return module.Task(config)
+  return _make(module.Task, config, workdir)
+
+
+def _make(cls: type[Task], config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> Task:
+  task = cls(config)
+  task.workdir = workdir
+  return task
 
 
 def _known() -> list[str]:

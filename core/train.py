@@ -19,7 +19,7 @@ from core import config as config_lib
 from core import metrics, partition, pictures, pretrained
 from core.checkpoint import Checkpoints
 from core.config import RunFailed, UserError
-from core.data import pipeline
+from core.data import devices, pipeline
 from core.evaluate import Evaluators
 from core.plan import Plan, make_plan
 
@@ -37,11 +37,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, force: bool 
     RunFailed: loss or gradient not finite; the last good checkpoint stays.
   """
   claim_workdir(workdir)
-  plan = make_plan(config)
+  plan = make_plan(config, workdir=workdir)
   checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint)
   try:
     _check_same_run(config, workdir, bool(checkpoints.steps()), force)
-    plan.task.prepare(workdir)
+    plan.prepare()
     _Loop(plan, workdir, checkpoints).run()
   finally:
     checkpoints.close()
@@ -153,7 +153,7 @@ class _Loop:
 
   def _stream(self, start: int):
     plan, data = self.plan, self.plan.config.data
-    rows = pipeline.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
+    rows = devices.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
     stream = pipeline.train_stream(
         plan.task.dataset(plan.task.train_split),
         functools.partial(plan.task.transform, train=True),
@@ -167,8 +167,8 @@ class _Loop:
       if not checked:
         pipeline.check_against_spec(batch, spec)
         checked = True
-      return pipeline.to_device(batch, plan.batch_sharding, plan.config.batch_size, rows)
-    return pipeline.prefetch(stream, put)
+      return devices.to_device(batch, plan.batch_sharding, plan.config.batch_size, rows)
+    return devices.prefetch(stream, put)
 
   def _after(self, step: int, state, stopping: bool) -> None:
     """Logs, evaluates and saves what is due after `step` updates."""

@@ -114,7 +114,8 @@ def test_reuse_batch(short, tmp_path):
 
 def test_the_step_compiles_once_in_a_run(short, tmp_path, monkeypatch):
   plans = []
-  monkeypatch.setattr(train, 'make_plan', lambda c: plans.append(make_plan(c)) or plans[-1])
+  monkeypatch.setattr(
+      train, 'make_plan', lambda c, **kw: plans.append(make_plan(c, **kw)) or plans[-1])
   short.steps = '7 steps'
   train.train(short, tmp_path)
   assert plans[0].train_step._cache_size() == 1
