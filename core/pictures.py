@@ -1,9 +1,10 @@
-"""Pictures that every run has: its learning curves."""
+"""Pictures: the learning curves that every run has, and how an image is drawn."""
 
 import collections
 import pathlib
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 
 from core import metrics
@@ -45,3 +46,12 @@ def learning_curves(workdir: pathlib.Path) -> None:
     axes.spines[['top', 'right']].set_visible(False)
   (workdir / 'pictures').mkdir(exist_ok=True)
   figure.savefig(workdir / 'pictures' / 'learning_curves.png', dpi=110)
+
+
+def show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> None:
+  """Draws `[h, w, 1 or 3]`, uint8 or float in [0, 1], without axes."""
+  grey = image.ndim == 3 and image.shape[-1] == 1
+  axes.imshow(image[..., 0] if grey else image, cmap='gray' if grey else None,
+              vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation='nearest')
+  axes.set_title(title, fontsize=8, color=color)
+  axes.axis('off')

@@ -1,7 +1,6 @@
 """Image classification with ViT, hybrids and BiT: the task behind configs/vit.py."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -195,7 +194,7 @@ class Task(task.Task):
 
     For models with attention also its mean distance in pixels, layer by layer.
     """
-    paths = image_files(inputs)
+    paths = images.files(inputs)
     token = self.config.model.classifier == 'token'
     is_vit = zoo.is_vit(self.config.model)
     if is_vit:
@@ -204,11 +203,7 @@ class Task(task.Task):
       look = jax.jit(lambda params, batch: (self.logits(params, batch), None))
     records = []
     for path in paths:
-      try:
-        original = images.decode(path.read_bytes(), self.config.data.channels)
-      except images.ImageError as e:
-        raise UserError(f'{path}: {e}') from e
-      image = self._eval_crop(original)
+      image = self._eval_crop(images.read(path, self.config.data.channels))
       logits, weights = jax.device_get(look(params, {'image': image[None]}))
       probabilities = _probabilities(logits[0], self.config.model.loss)
       order = np.argsort(-probabilities, kind='stable')[:5]
@@ -257,15 +252,3 @@ def _probabilities(logits: np.ndarray, loss: str) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
   scores = np.exp(logits - logits.max())
   return scores / scores.sum()
-
-
-def image_files(inputs: pathlib.Path) -> list[pathlib.Path]:
-  if not inputs.exists():
-    raise UserError(f'--input={inputs}: no such file or folder')
-  if inputs.is_file():
-    return [inputs]
-  found = sorted(p for p in inputs.iterdir() if p.suffix.lower() in images.EXTENSIONS)
-  if not found:
-    raise UserError(f'--input={inputs}: no images in this folder; known endings: '
-                    f'{", ".join(sorted(images.EXTENSIONS))}')
-  return found

@@ -15,12 +15,13 @@ import numpy as np
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from core import task
+from core import keys, task
 from core.config import UserError, choose
 from core.data import images as images_lib
 from core.evaluate import Mean
 from core.nn import losses
-from vit_family import classification, patches, pictures, vit
+from core.pictures import show
+from vit_family import classification, patches, vit
 
 TARGETS = ('mean_color', 'downsampled', 'l2')
 _CELLS = 4  # side of the downsampled patch
@@ -142,7 +143,7 @@ class Task(classification.Task):
     pixels = jnp.round((images + 1) * 127.5).astype(jnp.int32)
     mask_rng, dropout_rng = jax.random.split(rng)
     corruption = patches.draw_corruption(
-        patches.image_keys(mask_rng, pixels), self._patches, self.config.model.mask_rate)
+        keys.example_keys(mask_rng, pixels), self._patches, self.config.model.mask_rate)
     outputs = self.model.apply({'params': params}, images, corruption, train=train,
                                rngs={'dropout': dropout_rng})
     chosen = corruption.chosen[:, :, None, None, None]
@@ -231,12 +232,8 @@ class Task(classification.Task):
     """Fills in half of the patches of each image at `inputs`; one picture an image."""
     fill = jax.jit(self.fill)
     records = []
-    for path in classification.image_files(inputs):
-      try:
-        original = images_lib.decode(path.read_bytes(), self.config.data.channels)
-      except images_lib.ImageError as e:
-        raise UserError(f'{path}: {e}') from e
-      image = self._eval_crop(original)
+    for path in images_lib.files(inputs):
+      image = self._eval_crop(images_lib.read(path, self.config.data.channels))
       rows = jax.device_get(fill(params, {'image': image[None]}))
       picture = out / f'{path.stem}.png'
       draw(rows, picture)
@@ -281,7 +278,7 @@ def draw(rows: dict[str, np.ndarray], path: pathlib.Path) -> None:
   cells = figure.subplots(len(named), count, squeeze=False)
   for line, (name, shown) in zip(cells, named.items()):
     for axes, one in zip(line, shown):
-      pictures.show(axes, one)
+      show(axes, one)
     line[0].text(-.1, .5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=9)
   for axes, accuracy in zip(cells[2], rows['accuracy']):
     axes.set_title(f'{accuracy:.0%} right', fontsize=8)

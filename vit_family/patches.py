@@ -1,7 +1,5 @@
 """Patches for self-supervision: cut, corrupted, their colours as classes (ViT appendix B.1.2)."""
 
-import functools
-
 import flax
 import jax
 import jax.numpy as jnp
@@ -55,22 +53,6 @@ def draw_corruption(keys: jax.Array, patches: int, rate: float) -> Corruption:
         source=(jnp.arange(patches) + step) % patches)
 
   return jax.vmap(one)(keys)
-
-
-def image_keys(rng: jax.Array, pixels: jax.Array) -> jax.Array:
-  """A key an image, `[batch]`, from `rng` and the image itself.
-
-  So what is masked does not depend on where in which batch an image is: evaluation with a fixed
-  `rng` gives the same number for every batch size.
-
-  Args:
-    rng: key.
-    pixels: integer `[batch, height, width, channels]` in [0, 255].
-  """
-  flat = pixels.reshape(len(pixels), -1).astype(jnp.uint32)
-  # Odd factors in no order that images have; the sum wraps around.
-  factors = (jnp.arange(flat.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)) | jnp.uint32(1)
-  return jax.vmap(functools.partial(jax.random.fold_in, rng))((flat * factors).sum(-1))
 
 
 def to_patches(images: jax.Array, size: int) -> jax.Array:

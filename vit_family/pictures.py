@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from core.pictures import show
 from vit_family import analysis
 from vit_family.analysis import attention, heat, rollout
 
@@ -21,15 +22,6 @@ def _overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
   big = cv2.resize(heatmap, size, interpolation=cv2.INTER_LINEAR)
   grey = image.mean(-1, keepdims=True) / 255
   return 0.4 * grey + 0.6 * colormaps['inferno'](big)[..., :3]
-
-
-def show(axes, image: np.ndarray, title: str = '', color: str = 'black') -> None:
-  """Draws `[h, w, 1 or 3]`, uint8 or float in [0, 1], without axes."""
-  grey = image.ndim == 3 and image.shape[-1] == 1
-  axes.imshow(image[..., 0] if grey else image, cmap='gray' if grey else None,
-              vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation='nearest')
-  axes.set_title(title, fontsize=8, color=color)
-  axes.axis('off')
 
 
 def prediction(image: np.ndarray, rolled: np.ndarray | None, top: list[dict], path: pathlib.Path,

@@ -7,6 +7,7 @@ over a training and a test split, and classify on the host. Nothing is trained b
 import numpy as np
 import scipy.linalg
 
+from core import few_labels
 from core.config import UserError
 
 _BIAS = 100.  # So large that the ridge leaves the bias as good as free.
@@ -75,32 +76,6 @@ class LinearProbe:
                            for rows in _blocks(len(features), sum(weights.shape))])
 
 
-def draw_support(labels: np.ndarray, num_classes: int, shots: tuple[int, ...],
-                 seed: int) -> dict[int, np.ndarray]:
-  """Draws examples of every class; those of fewer shots are among those of more.
-
-  Args:
-    labels: int `[examples]` of the pool.
-    num_classes: classes are 0 to num_classes - 1.
-    shots: examples a class.
-    seed: of the draw.
-
-  Returns:
-    For each number of shots, indices int `[classes * shots]` into the pool.
-
-  Raises:
-    UserError: a class has fewer examples than the most shots; it names class and count.
-  """
-  rng = np.random.default_rng(seed)
-  shuffled = [rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
-  scarce = min(range(num_classes), key=lambda c: len(shuffled[c]))
-  if len(shuffled[scarce]) < max(shots):
-    raise UserError(f'few-shot: class {scarce} has {len(shuffled[scarce])} of the '
-                    f'{len(labels)} training examples, fewer than {max(shots)} shots; give a '
-                    'larger part of the split in config.data.splits, or fewer shots')
-  return {k: np.concatenate([indices[:k] for indices in shuffled]) for k in shots}
-
-
 class FewShot:
   """Evaluator: accuracy of a `LinearProbe` on k examples a class, as `{k}shot`, mean over seeds."""
 
@@ -124,7 +99,7 @@ class FewShot:
   def __call__(self, run, params, step: int) -> dict[str, float]:
     num_classes = run.plan.task.num_classes
     train, train_labels = self._frozen(run, params, self.train_split)
-    supports = [draw_support(train_labels, num_classes, self.shots, seed)
+    supports = [few_labels.draw_support(train_labels, num_classes, self.shots, seed)
                 for seed in range(self.seeds)]
     test, test_labels = self._frozen(run, params, self.test_split)
     found = {}

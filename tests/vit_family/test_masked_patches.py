@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from configs import vit as vit_config
+from core import keys
 from core import task as task_lib
 from core.config import UserError
 from vit_family import patches
@@ -158,7 +159,7 @@ def test_loss(target, channels):
   pixels = np.stack([images[:, r:r + 8, c:c + 8] for r in (0, 8) for c in (0, 8)], 1)
 
   corruption = patches.draw_corruption(
-      patches.image_keys(jax.random.split(rng)[0], batch['image']), 4, .5)
+      keys.example_keys(jax.random.split(rng)[0], batch['image']), 4, .5)
 
   loss = functools.partial(task.loss, train=False)
   wanted = jax.value_and_grad(loss, has_aux=True) if target == 'mean_color' else (
@@ -206,15 +207,6 @@ def test_a_loss_does_not_depend_on_the_rest_of_the_batch():
   assert float(aux.weight) == float(other.weight) == 4
   # Another rng, another mask.
   assert abs(float(loss(params, kept, jax.random.key(1))[0]) - float(expected)) > 1e-4
-
-
-def test_images_have_keys_of_their_own():
-  pixels = np.asarray(batch_of(3)['image']).copy()
-  pixels[1] = pixels[0]
-  pixels[1, 3, 4, 2] ^= 1
-  pixels[2] = pixels[0, :, ::-1]
-  keys = jax.random.key_data(patches.image_keys(jax.random.key(0), jnp.asarray(pixels)))
-  assert len({tuple(np.asarray(key)) for key in keys}) == 3
 
 
 @pytest.mark.parametrize('change, match', [

@@ -7,6 +7,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
+from core import few_labels
 from core.config import UserError
 from vit_family import probes
 
@@ -70,27 +71,6 @@ def test_blocks_change_nothing(monkeypatch):
   np.testing.assert_array_equal(probes.nearest_neighbours(x, y, test, 4, 5, .07), whole[1])
 
 
-def test_support_is_balanced_nested_and_seeded():
-  labels = np.random.default_rng(0).permutation(np.arange(60) % 5)
-  drawn = probes.draw_support(labels, 5, (1, 4, 10), seed=0)
-  for k, rows in drawn.items():
-    np.testing.assert_array_equal(np.bincount(labels[rows]), [k] * 5)
-    assert len(set(rows)) == len(rows)
-  assert set(drawn[1]) < set(drawn[4]) < set(drawn[10])
-  again, other = (probes.draw_support(labels, 5, (4,), seed=s)[4] for s in (0, 1))
-  np.testing.assert_array_equal(again, drawn[4])
-  assert set(other) != set(again)
-
-
-def test_too_few_examples_of_a_class():
-  labels = np.repeat([0, 1, 3], 6)
-  with pytest.raises(UserError, match='class 2 has 0 of the 18 training examples, fewer than 5'):
-    probes.draw_support(labels, 4, (1, 5), seed=0)
-  labels = np.array([0] * 6 + [1] * 4)
-  with pytest.raises(UserError, match='class 1 has 4 of the 10'):
-    probes.draw_support(labels, 2, (1, 5), seed=0)
-
-
 @pytest.mark.parametrize('k', [1, 5, 20])
 @pytest.mark.parametrize('temperature', [None, .07, .5])
 def test_neighbours_vote_as_in_scikit_learn(k, temperature):
@@ -135,7 +115,7 @@ def test_few_shot_evaluator():
   for k in (1, 5, 25):
     accuracies = []
     for seed in (0, 1):
-      rows = probes.draw_support(y, 4, (1, 5, 25), seed)[k]
+      rows = few_labels.draw_support(y, 4, (1, 5, 25), seed)[k]
       predicted = oracle(2 * x[rows], y[rows], 2 * test, 4, 1.)[1]
       accuracies.append(np.mean(predicted == truth))
     assert found.pop(f'{k}shot') == np.mean(accuracies)
