@@ -71,6 +71,8 @@ def dot_product_attention(
     return _cudnn(query, key, value, mask, causal)
   if implementation != 'xla':
     raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or 'splash'")
+  if causal and mask is None and not dropout and not return_weights:
+    return _xla_causal(query, key, value)
   return _xla(query, key, value, mask, causal, dropout_rate if dropout else 0.0, dropout_rng,
               return_weights)
 
@@ -113,6 +115,20 @@ def _xla(query, key, value, mask, causal, dropout_rate, dropout_rng, return_weig
     kept = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
   out = jnp.einsum('bhqk,bkhd->bqhd', kept.astype(value.dtype), value)
   return (out, weights) if return_weights else out
+
+
+def _xla_causal(query, key, value):
+  """Causal attention a block of queries at a time, each with the keys it may see: the half of the
+  scores that the mask would throw away is for the most part never computed, nor kept."""
+  length = query.shape[1]
+  count = next((n for n in (4, 2) if length >= 64 * n and length % n == 0), 1)
+  size = length // count
+  outs = []
+  for stop in range(size, length + 1, size):
+    seen = jnp.arange(stop) <= jnp.arange(stop - size, stop)[:, None]
+    outs.append(_xla(query[:, stop - size:stop], key[:, :stop], value[:, :stop], seen, False, 0.0,
+                     None, False))
+  return jnp.concatenate(outs, axis=1)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -250,6 +266,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: whether the four projections have biases.
     dropout_rate: dropout of the attention weights.
     kernel_init: initializer of the flattened 2-D kernels.
+    out_init: that of the kernel of `out`; None for `kernel_init`.
     bias_init: initializer of the biases.
     implementation: passed on to `dot_product_attention`.
   """
@@ -260,6 +277,7 @@ class MultiHeadAttention(nn.Module):
   use_bias: bool = True
   dropout_rate: float = 0.0
   kernel_init: Callable = nn.initializers.xavier_uniform()
+  out_init: Callable | None = None
   bias_init: Callable = nn.initializers.zeros
   implementation: str | None = None
 
@@ -272,8 +290,9 @@ class MultiHeadAttention(nn.Module):
       *,
       mask: jax.Array | None = None,
       causal: bool = False,
+      cache: Any = None,
       train: bool = False,
-  ) -> jax.Array:
+  ) -> jax.Array | tuple[jax.Array, Any]:
     """Attends from `inputs_q` to `inputs_kv`.
 
     Args:
@@ -283,10 +302,11 @@ class MultiHeadAttention(nn.Module):
         (DETR adds positions to queries and keys alone); None to read them from the keys' input.
       mask: bool, broadcastable to `[batch, heads, q_len, k_len]`, True lets a query see a key.
       causal: hide keys after the query's own position.
+      cache: in generation, the `decode.Cache` of what came before; it decides what a query sees.
       train: draws attention dropout from the rng 'dropout'.
 
     Returns:
-      `[batch, q_len, out_width]` in `dtype`.
+      `[batch, q_len, out_width]` in `dtype`; with `cache` a pair with the cache after.
     """
     width = inputs_q.shape[-1]
     head_dim = self.head_dim or width // self.heads
@@ -302,18 +322,33 @@ class MultiHeadAttention(nn.Module):
     sources = (inputs_q, inputs_k, inputs_v)
     params = [projection(*named) for named in zip(('query', 'key', 'value'), sources)]
     # Neighbours that read the same input share one matrix product: all three in self-attention,
-    # keys and values in cross-attention, queries and keys in DETR's encoder.
+    # keys and values in cross-attention, queries and keys in DETR's encoder. Not in generation:
+    # side by side the kernels are a copy, which would cost more for one token than it saves.
     projected = []
     start = 0
     while start < 3:
       end = start + 1
-      while end < 3 and sources[end] is sources[start]:
+      while cache is None and end < 3 and sources[end] is sources[start]:
         end += 1
       projected += _project(sources[start].astype(self.dtype), params[start:end])
       start = end
     query, key, value = (
         partition.constrain(x, ('batch', 'length', 'heads', 'kv')) for x in projected)
 
+    if cache is not None:
+      out, cache = cache.attend(query, key, value)
+    else:
+      out = self._attend(query, key, value, mask, causal, train)
+
+    kernel, bias = _Projection(
+        (self.heads, head_dim, self.out_width or width), ('heads', 'kv', 'embed'), 2,
+        self.use_bias, self.out_init or self.kernel_init, self.bias_init, self.dtype, name='out')()
+    out = lax.dot_general(out, kernel, (((2, 3), (0, 1)), ((), ())))
+    if bias is not None:
+      out = out + bias
+    return out if cache is None else (out, cache)
+
+  def _attend(self, query, key, value, mask, causal, train):
     weights_wanted = self.is_mutable_collection('intermediates') and not self.is_initializing()
     out = dot_product_attention(
         query, key, value, mask=mask, causal=causal, dropout_rate=self.dropout_rate,
@@ -323,12 +358,7 @@ class MultiHeadAttention(nn.Module):
     if weights_wanted:
       out, weights = out
       self.sow('intermediates', 'attention', weights)
-
-    kernel, bias = _Projection(
-        (self.heads, head_dim, self.out_width or width), ('heads', 'kv', 'embed'), 2,
-        self.use_bias, self.kernel_init, self.bias_init, self.dtype, name='out')()
-    out = lax.dot_general(out, kernel, (((2, 3), (0, 1)), ((), ())))
-    return out if bias is None else out + bias
+    return out
 
 
 def _project(inputs: jax.Array, params: list) -> list[jax.Array]:
@@ -341,6 +371,10 @@ def _project(inputs: jax.Array, params: list) -> list[jax.Array]:
   Returns:
     one `[batch, length, heads, head_dim]` for each pair.
   """
+  if len(params) == 1:
+    kernel, bias = params[0]
+    out = lax.dot_general(inputs, kernel, (((2,), (0,)), ((), ())))
+    return [out if bias is None else out + bias]
   # Stacked on an axis of their own: heads split over devices stay split.
   kernel = jnp.stack([kernel for kernel, _ in params], axis=1)
   out = lax.dot_general(inputs, kernel, (((2,), (0,)), ((), ())))

@@ -196,9 +196,10 @@ def run_blocks(
     scan: bool = False,
     remat: str = 'none',
     train: bool = False,
-    layer_inputs: Mapping[str, jax.Array | np.ndarray] | None = None,
+    layer_inputs: Mapping[str, Any] | None = None,
+    outputs: bool = False,
     **inputs: jax.Array | None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, Any]:
   """Runs `depth` blocks of equal shape one after the other; call it inside a compact module.
 
   Unrolled, the blocks are `{prefix}_{i}`. Scanned, there is one set of parameters `{prefix}` whose
@@ -215,11 +216,14 @@ def run_blocks(
     remat: 'none', 'full' (keep only the blocks' inputs for the backward pass) or 'dots' (also keep
       the products with parameters).
     train: passed to every block.
-    layer_inputs: arrays `[depth, ...]`; block i gets row i under the same keyword.
+    layer_inputs: arrays `[depth, ...]`, or unrolled also lists; block i gets row i under the same
+      keyword.
+    outputs: whether a block returns a pair: what flows on, and something to keep.
     **inputs: arrays (or None) that every block gets alike, such as masks and memory.
 
   Returns:
-    the last block's output.
+    the last block's output; with `outputs` a pair with what the blocks gave to keep: unrolled a
+    list, scanned stacked on axis 0.
   """
   if remat != 'none' and remat not in _REMAT_POLICIES:
     raise ValueError(f'remat={remat!r}: expected one of {["none", *_REMAT_POLICIES]}')
@@ -227,7 +231,8 @@ def run_blocks(
   layer_inputs = dict(layer_inputs or {})
 
   def step(block, x, inputs, layer):
-    return block(x, train=train, **inputs, **layer), None
+    made = block(x, train=train, **inputs, **layer)
+    return made if outputs else (made, None)
 
   if remat != 'none':
     # Inside a scan XLA cannot merge the second computation with the first, so it need not be
@@ -239,11 +244,14 @@ def run_blocks(
         variable_axes={'params': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         metadata_params={nn.PARTITION_NAME: 'layers'})
-    return step(make_block(name=prefix), x, inputs, layer_inputs)[0]
+    x, kept = step(make_block(name=prefix), x, inputs, layer_inputs)
+    return (x, kept) if outputs else x
+  kept = []
   for i in range(depth):
     layer = {name: rows[i] for name, rows in layer_inputs.items()}
-    x, _ = step(make_block(name=f'{prefix}_{i}'), x, inputs, layer)
-  return x
+    x, out = step(make_block(name=f'{prefix}_{i}'), x, inputs, layer)
+    kept.append(out)
+  return (x, kept) if outputs else x
 
 
 def stack_layers(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
