@@ -143,7 +143,7 @@ def _published(variant: str, found: dict) -> ml_collections.ConfigDict:
   # The paper trained in float32; bfloat16 is what flash attention and these slices are made for.
   config.precision = 'bfloat16'
   config.log_every = '100 steps'
-  config.remat = 'full'
+  config.remat = 'full' if variant == 'XL' else 'dots'
   config.rules = 'dp' if variant == 'S' else 'fsdp'
   config.topology = {'S': 'v5e:4x4', 'M': 'v5e:4x4', 'L': 'v5e:8x8', 'XL': 'v5e:8x8'}[variant]
   return config

@@ -77,7 +77,8 @@ class _Program:
         current = self.computations.setdefault(header[2], {})
         if header[1]:
           self.entry = header[2]
-      elif line.startswith('}'):
+      elif re.match(r'\}(\s|$)', line):
+        # Not any brace: the metadata of a Pallas kernel goes over several lines and begins one so.
         current = None
       elif current is not None and _INSTRUCTION.match(line):
         instruction = _parse(line)

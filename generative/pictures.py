@@ -35,21 +35,20 @@ class Samples:
     given = sampling.given_rows(settings, size)
     if self._complete is None:
       complete = functools.partial(sampling.complete, task.model, settings=settings)
-      self._complete = lambda params, tokens, rng: complete(
-          params, tokens[:, :given * size].repeat(settings.count, axis=0), rng)
-      self._sample = lambda params, rng: complete(
-          params, np.zeros((self.samples, 0), np.int32), rng)
+      key = lambda i: jax.random.fold_in(jax.random.key(task.config.seed), i)
+      self._complete = lambda params, tokens: complete(
+          params, tokens[:, :given * size].repeat(settings.count, axis=0), key(0))
+      self._sample = lambda params: complete(
+          params, np.zeros((self.samples, 0), np.int32), key(1))
     batch = next(run.batches(self.split))
     mask = run.plan.fetch(batch['mask'])[:self.shown] > 0
     # On every device the same few images: a part of a batch is no part of each device's.
     tokens = run.plan.fetch(batch['tokens'])[:self.shown][mask]
     if not len(tokens):
       return {}
-    rng = jax.random.key(task.config.seed)
     jit = functools.partial(run.jit, compiler_options=decode.compiler_options())
     completed, drawn = jax.device_get((
-        jit(self._complete)(params, tokens, jax.random.fold_in(rng, 0)),
-        jit(self._sample)(params, jax.random.fold_in(rng, 1))))
+        jit(self._complete)(params, tokens), jit(self._sample)(params)))
     if run.writes:
       completed = completed.reshape(len(tokens), settings.count, -1)
       completions(task.image(tokens), task.image(completed), given, run.pictures /

@@ -85,6 +85,17 @@ def test_two_processes_are_one(tmp_path, rules):
   assert_same(one, two, 12)
 
 
+def test_the_first_process_prepares_what_both_read(tmp_path):
+  """A palette is fitted once; two processes train and evaluate with it as one does."""
+  args = ('--config=configs/image_gpt.py:smoke', '--config.data.channels=3')
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  finish(launch((*args, f'--workdir={one}'), 1, devices=2))
+  finish(launch((*args, f'--workdir={two}'), 2))
+  np.testing.assert_array_equal(np.load(one / 'palette.npy'), np.load(two / 'palette.npy'))
+  assert_same(one, two, 4)
+  assert (two / 'pictures' / 'completions.png').exists()
+
+
 def _wait_for(path, step, started):
   end = time.monotonic() + 120
   while time.monotonic() < end and all(p.poll() is None for p in started):

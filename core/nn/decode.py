@@ -1,12 +1,12 @@
 """Generation a token at a time: the cache of keys and values, and the draw of a token."""
 
+import functools
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
-from core import partition
 from core.nn import attention
 
 
@@ -58,12 +58,18 @@ class Cache:
     return jnp.einsum('bhqk,bhkd->bqhd', weights, after.value), after
 
 
+@functools.cache
 def compiler_options() -> dict[str, str]:
   """What `jax.jit` should be told about a function that generates, on the platform it runs on."""
-  if partition.platform() != 'cpu':
+  if jax.default_backend() != 'cpu':
     return {}
   # XLA's library kernels for the CPU give a product of a few rows to one thread; its own use all.
-  return {'xla_cpu_experimental_ynn_fusion_type': ''}
+  options = {'xla_cpu_experimental_ynn_fusion_type': ''}
+  try:
+    jax.jit(lambda: 0, compiler_options=options)()
+  except Exception:  # pylint: disable=broad-except
+    return {}  # An experimental option: a compiler that no longer has it needs nothing.
+  return options
 
 
 def draw(rng: jax.Array, logits: jax.Array, temperature: jax.Array | float = 1.0, top_k: int = 0,

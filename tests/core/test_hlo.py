@@ -184,6 +184,16 @@ def test_nested_loops_multiply(start, step, direction, trips):
   assert collectives(text) == {'all-reduce': {'count': 3 * trips, 'bytes': 3 * trips * 32}}
 
 
+def test_a_kernels_metadata_over_several_lines_ends_no_computation():
+  text = module('''
+  %p = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}, metadata={op_name="splash"}
+  ROOT %r = f32[8]{0} all-reduce(%k), to_apply=%add''')
+  assert collectives(text) == {'all-reduce': {'count': 1, 'bytes': 32}}
+
+
 def test_of_a_conditional_the_branch_that_moves_most():
   text = module('''
   ROOT %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%small, %large}''', before='''

@@ -33,11 +33,13 @@ def test_cached_generation_is_that_of_whole_passes(given, scan, monkeypatch):
   params, prompt = tiny.params(model), tiny.tokens(2, given)
   want = greedy(model, params, prompt)
   used = blocks.stack_layers(params, 'h') if scan else params
-  got = jax.jit(lambda params, prompt: sampling.complete(
-      model.clone(scan=scan), params, prompt, jax.random.key(0), settings(temperature=0.)))(
-          used, prompt)
+  complete = jax.jit(lambda params, prompt: sampling.complete(
+      model.clone(scan=scan), params, prompt, jax.random.key(0), settings(temperature=0.)))
+  got = complete(used, prompt)
   np.testing.assert_array_equal(got, want)
   np.testing.assert_array_equal(got[:, :given], prompt)
+  complete(used, (prompt + 1) % tiny.COLORS)
+  assert complete._cache_size() == 1
 
 
 def test_cached_logits_are_those_of_a_whole_pass():

@@ -61,6 +61,24 @@ def test_matches_a_float64_oracle(q_len, masked, causal):
   np.testing.assert_allclose(alone, want, atol=2e-6)
 
 
+@pytest.mark.parametrize('length', [127, 130, 256])
+def test_causal_attention_in_blocks_is_that_with_a_mask(length):
+  """Lengths that make one, two and four blocks."""
+  q, k, v = inputs(1, length, length, 2, 4)
+  triangle = np.tri(length, dtype=bool)
+  probe = np.random.default_rng(1).normal(size=q.shape)
+
+  def loss(q, k, v, **kw):
+    out = attention.dot_product_attention(q, k, v, **kw)
+    return (out * probe).sum(), out
+  grad = jax.grad(loss, (0, 1, 2), has_aux=True)
+  (grads, out), (want_grads, want) = grad(q, k, v, causal=True), grad(q, k, v, mask=triangle)
+  np.testing.assert_allclose(want, oracle(q, k, v, triangle)[0], atol=2e-6)
+  np.testing.assert_allclose(out, want, atol=2e-6)
+  for got, expected in zip(grads, want_grads):
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
 @pytest.mark.parametrize('masked, causal', [(False, False), (True, False), (False, True)])
 def test_gradients_match_finite_differences(masked, causal):
   q, k, v = inputs()
