@@ -1,9 +1,10 @@
 """Image GPT (Chen et al., "Generative Pretraining from Pixels", 2020).
 
-configs/image_gpt.py                       handwritten digits of 8x8 pixels, minutes on two CPU cores
+configs/image_gpt.py                       handwritten digits of 8x8 pixels, minutes on two cores
 configs/image_gpt.py:smoke                 the same in seconds, for tests
 configs/image_gpt.py:SIZE,DATA             SIZE s, m, l, xl; DATA imagenet32, imagenet48, imagenet64
                                            (pretraining), cifar10, cifar100, stl10 (fine-tuning)
+configs/image_gpt.py:s,folder              your own images: --config.data.name=folder:PATH
 configs/image_gpt.py:SIZE,DATA,RECIPE      ar or bert (pretraining), finetune, finetune_bert, probe
 configs/image_gpt.py:CLAIM,...             a claim of the paper at laptop size, see CLAIMS
 """
@@ -27,7 +28,11 @@ DATASETS = {
                      splits=('train[:90%]', 'train[90%:]', 'test')),
     # 96 pixels, brought to 32; the unlabelled split is a part of ImageNet and left out.
     'stl10': dict(name='stl10', image_size=32, classes=10, examples=4_500,
-                  splits=('train[:90%]', 'train[90%:]', 'test'))}
+                  splits=('train[:90%]', 'train[90%:]', 'test')),
+    'folder': dict(name='folder:', image_size=32, classes=0, examples=0,
+                   splits=('train', 'validation', 'test'))}
+
+_PHOTOGRAPHS = ('imagenet2012', 'folder:')  # of any size: crops of 224 pixels, then brought down
 
 RECIPES = ('ar', 'bert', 'finetune', 'finetune_bert', 'probe')
 
@@ -60,7 +65,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
                     f'{", ".join(RECIPES)}; or a claim: {", ".join(CLAIMS)}')
   size = choose('configs/image_gpt.py size', parts[0], SIZES)
   found = choose('configs/image_gpt.py data set', parts[1], DATASETS)
-  usual = 'ar' if parts[1].startswith('imagenet') else 'finetune'
+  usual = 'ar' if found['name'] in _PHOTOGRAPHS else 'finetune'
   recipe = choose('configs/image_gpt.py recipe', (parts + [usual])[2], RECIPES)
   config = _published(size, found)
   if recipe in ('ar', 'bert'):
@@ -137,7 +142,7 @@ def _published(variant: str, found: dict) -> ml_collections.ConfigDict:
                           examples=found['examples'], workers=8))
   config.data.splits.update(dict(train=train, validation=validation, test=test))
   config.model.num_classes = found['classes']
-  if found['name'] == 'imagenet2012':
+  if found['name'] in _PHOTOGRAPHS:
     config.data.update(dict(crop='imagenet', eval_crop='imagenet'))
   config.batch_size = 64 if variant == 'XL' else 128
   # The paper trained in float32; bfloat16 is what flash attention and these slices are made for.
@@ -168,12 +173,12 @@ def _finetune(config: ml_collections.ConfigDict, objective: str) -> None:
   The paper stops when the validation accuracy is best; a length it does not give, so that this one
   is ours: `steps` may be cut short at any time, the best checkpoint is kept.
   """
-  variant, imagenet = config.model.variant, config.data.name == 'imagenet2012'
+  variant, photographs = config.model.variant, config.data.name in _PHOTOGRAPHS
   config.model.objective = objective
   config.model.clf_weight = 1.0
-  if not imagenet:
+  if not photographs:
     config.data.crop = 'cifar'
-  config.steps = '30 epochs' if imagenet else '100 epochs'
+  config.steps = '30 epochs' if photographs else '100 epochs'
   rate = _RATES.get((objective, variant, config.data.image_size)) or _RATES.get(
       (objective, variant, 32)) or 3e-4
   config.optim.lr = rate / 10
@@ -186,7 +191,6 @@ def _probe(config: ml_collections.ConfigDict, name: str) -> None:
   """Section 3.4. ImageNet: the class head alone, SGD for a million steps, on the middle layer (set
   `head_layers` to the layer of your choice, or to five for iGPT-XL's 15,360 features). The others:
   logistic regression on every layer; run it with --mode=evaluate."""
-  config.data.crop = 'imagenet' if name == 'imagenet2012' else 'none'
   if name != 'imagenet2012':
     config.data.splits.probe = 'train'
     config.steps = '1 steps'

@@ -31,7 +31,7 @@ class ImageGPT(nn.Module):
     head_layers: the layers whose features the class head reads, side by side: l < depth is the norm
       that block l begins with, depth the final norm; () for the final norm alone.
     frozen: whether the class head trains on features that it does not change (linear probe).
-    initializer: 'code', 'sparse' (Child et al. 2019, which the paper's prose cites) or 'huggingface'.
+    initializer: 'code', 'sparse' (Child et al. 2019, whom the paper's prose cites), 'huggingface'.
     dtype: computation dtype; parameters, statistics and logits are float32.
     scan: one compiled block instead of `depth`.
     remat: what the backward pass computes again: 'none', 'dots' or 'full'.

@@ -74,13 +74,7 @@ class Task(task.Task):
   @functools.cached_property
   def class_names(self) -> list[str]:
     """Names of the classes when the data can be read; else their numbers."""
-    try:
-      names = self.dataset('train').class_names
-    except UserError:
-      if not self.config.model.num_classes:
-        raise
-      names = []
-    return names or [str(i) for i in range(self.config.model.num_classes)]
+    return sources.class_names(lambda: self.dataset('train'), self.config.model.num_classes)
 
   # Palette and order.
 

@@ -50,13 +50,7 @@ class Task(task.Task):
     """Names of the classes when the data can be read; else their numbers."""
     if self.config.data.vtab:
       return [str(i) for i in range(self.num_classes)]  # VTAB derives labels of its own.
-    try:
-      names = self.dataset('train').class_names
-    except UserError:
-      if not self.config.model.num_classes:
-        raise
-      names = []
-    return names or [str(i) for i in range(self.config.model.num_classes)]
+    return sources.class_names(lambda: self.dataset('train'), self.config.model.num_classes)
 
   @functools.cached_property
   def model(self):

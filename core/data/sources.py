@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -53,6 +54,22 @@ def open_source(name: str, split: str, *, data_dir: str | None = None,
     raise UserError(f'data set {name!r} has no feature {", ".join(map(repr, missing))}; it has '
                     f'{", ".join(source.features)}')
   return source
+
+
+def class_names(opened: Callable[[], Any], count: int) -> list[str]:
+  """Names of the classes when the data can be read; else their numbers.
+
+  Args:
+    opened: opens the training examples.
+    count: of classes as the config has it; 0 asks the data, which must then be there.
+  """
+  try:
+    names = opened().class_names
+  except UserError:
+    if not count:
+      raise
+    names = []
+  return names or [str(i) for i in range(count)]
 
 
 # --- tfds ----------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def openai(params):
     h, name = params[f'h_{i}'], f'model/h{i}'
     out |= {f'{name}/ln_1/g': h['ln_1']['scale'], f'{name}/ln_2/g': h['ln_2']['scale'],
             f'{name}/attn/c_proj': h['attn']['out']['kernel'],
-            f'{name}/mlp/c_fc/w': h['c_fc']['kernel'], f'{name}/mlp/c_proj/w': h['c_proj']['kernel']}
+            f'{name}/mlp/c_fc/w': h['c_fc']['kernel'],
+            f'{name}/mlp/c_proj/w': h['c_proj']['kernel']}
     for ours, theirs in (('query', 'q_proj'), ('key', 'k_proj'), ('value', 'v_proj')):
       out[f'{name}/attn/{theirs}'] = np.einsum('ehd->hde', h['attn'][ours]['kernel'])
   return out
@@ -79,8 +80,8 @@ def test_hugging_face_out_and_in(tmp_path, stacked):
   width = tiny.WIDTH
   qkv = tensors['transformer.h.1.attn.c_attn.weight']
   assert qkv.shape == (width, 3 * width)
-  np.testing.assert_array_equal(
-      qkv[:, width:2 * width].reshape(width, tiny.HEADS, -1), params['h_1']['attn']['key']['kernel'])
+  np.testing.assert_array_equal(qkv[:, width:2 * width].reshape(width, tiny.HEADS, -1),
+                                params['h_1']['attn']['key']['kernel'])
   weights, _ = checkpoints.adapt(checkpoints.open_weights(folder), shapes(want), False)
   assert_same(read(weights), flat(want))
   assert json.loads((folder / 'config.json').read_text())['architectures'] == [

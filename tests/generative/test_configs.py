@@ -8,7 +8,8 @@ ARGS = ([f'{size},{data}' for size in image_gpt.SIZES for data in image_gpt.DATA
         + [f'l,imagenet32,{recipe}' for recipe in image_gpt.RECIPES]
         + [f's,cifar10,{recipe}' for recipe in image_gpt.RECIPES]
         + [f'pretrain,cifar10,{size},{kind}' for size in ('small', 'medium', 'large')
-           for kind in ('ar', 'bert')] + ['finetune,fashion_mnist,1,ar', 'finetune,cifar10,10,bert'])
+           for kind in ('ar', 'bert')]
+        + ['finetune,fashion_mnist,1,ar', 'finetune,cifar10,10,bert'])
 
 
 @pytest.mark.parametrize('arg', ARGS)
