@@ -70,7 +70,8 @@ def test_quick_gelu(x, want):
 def test_no_pixel_sees_itself_or_a_later_one():
   model = tiny.model()
   params, tokens = tiny.params(model), tiny.tokens(1)
-  logits = lambda tokens: np.asarray(model.apply({'params': params}, tokens)['logits'])
+  apply = jax.jit(model.apply)
+  logits = lambda tokens: np.asarray(apply({'params': params}, tokens)['logits'])
   for j in range(tiny.LENGTH):
     other = tokens.copy()
     other[0, j] = (other[0, j] + 1) % tiny.COLORS
@@ -104,7 +105,7 @@ def test_bert_does_not_see_what_is_hidden():
 def test_the_first_losses_are_those_of_guessing(initializer):
   model = gpt.ImageGPT(512, 16, 8, 2, 2, num_classes=10, initializer=initializer)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (2, 16)))
-  made, _ = model.init_with_output(jax.random.key(0), tokens)
+  made, _ = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
   loss = losses.softmax_cross_entropy(made['logits'], tokens).mean()
   assert abs(float(loss) - 6.238325) < 1e-5
   first = losses.softmax_cross_entropy(made['class_logits'], jnp.asarray([3, 4])).mean()
@@ -121,7 +122,7 @@ def test_the_first_losses_are_those_of_guessing(initializer):
                          c_proj=.02 / 4, wtet=.02))])
 def test_initialisers(initializer, want):
   model = gpt.ImageGPT(512, 256, 64, 8, 4, initializer=initializer, scan=True)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 256), jnp.int32))['params']
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 256), jnp.int32))['params']
   params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, 'value'))
   found = dict(params, **params['h'], **params['h']['attn'])
   for name, stddev in want.items():
@@ -143,7 +144,8 @@ def test_the_class_head_reads_the_layers_it_is_told_to():
 def test_a_frozen_model_learns_its_head_alone():
   model = tiny.model(num_classes=4, frozen=True)
   params, tokens = tiny.params(model), tiny.tokens()
-  grads = jax.grad(lambda p: model.apply({'params': p}, tokens)['class_logits'].sum())(params)
+  grads = jax.jit(jax.grad(
+      lambda p: model.apply({'params': p}, tokens)['class_logits'].sum()))(params)
   assert np.abs(grads.pop('wclf')).max() > 0
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 

@@ -158,8 +158,8 @@ def test_the_joint_loss_is_the_weighted_sum():
   task = task_of(model__gen_weight=.5, model__clf_weight=2.)
   params, batch = params_of(task), batch_of(task)
   batch['mask'] = jnp.asarray([1., 1., 0., 1.])
-  loss, aux = task.loss(params, batch, jax.random.key(0), True)
-  made = task.model.apply({'params': params}, batch['tokens'])
+  loss, aux = jax.jit(task.loss, static_argnums=3)(params, batch, jax.random.key(0), True)
+  made = jax.jit(task.model.apply)({'params': params}, batch['tokens'])
   real = [0, 1, 3]
   generative = nats(made['logits'], batch['tokens'])[real].mean()
   classes = nats(made['class_logits'], batch['label'])[real].mean()
@@ -185,9 +185,10 @@ def test_bert_predicts_hidden_pixels_alone():
 def test_bert_hides_15_percent_whatever_the_batch():
   task = task_of(model__objective='bert', model__clf_weight=0.)
   params, batch = params_of(task), batch_of(task, 200)
-  hidden = np.asarray(task.apply(params, batch['tokens'], jax.random.key(0))[1])
+  draw = jax.jit(lambda tokens: task.apply(params, tokens, jax.random.key(0))[1])
+  hidden = np.asarray(draw(batch['tokens']))
   assert abs(hidden.mean() - .15) < .01
-  again = np.asarray(task.apply(params, batch['tokens'][50:60], jax.random.key(0))[1])
+  again = np.asarray(draw(batch['tokens'][50:60]))
   np.testing.assert_array_equal(again, hidden[50:60])
 
 

@@ -19,14 +19,14 @@ def greedy(model, params, prompt):
   """Draws the most likely token with a whole forward pass each time."""
   batch, given = prompt.shape
   tokens = np.concatenate([prompt, np.zeros((batch, model.length - given), np.int32)], 1)
+  apply = jax.jit(model.apply)
   for at in range(given, model.length):
-    logits = model.apply({'params': params}, tokens)['logits']
+    logits = apply({'params': params}, tokens)['logits']
     tokens[:, at] = np.asarray(logits)[:, at].argmax(-1)
   return tokens
 
 
-@pytest.mark.parametrize('given', [0, 4, 8])
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('given, scan', [(0, False), (4, True), (8, False)])
 def test_cached_generation_is_that_of_whole_passes(given, scan, monkeypatch):
   monkeypatch.setattr(sampling, '_ROOM', 3)  # the caches grow twice on the way
   model = tiny.model()
@@ -46,14 +46,15 @@ def test_cached_logits_are_those_of_a_whole_pass():
   from core.nn import decode
   model = tiny.model()
   params, tokens = tiny.params(model), tiny.tokens()
-  want = np.asarray(model.apply({'params': params}, tokens)['logits'])
+  step = jax.jit(lambda tokens, caches, begin: model.apply(
+      {'params': params}, tokens, caches=caches, begin=begin), static_argnums=2)
+  want = np.asarray(jax.jit(model.apply)({'params': params}, tokens)['logits'])
   caches = [decode.Cache.empty(2, tiny.HEADS, tiny.LENGTH, tiny.WIDTH // tiny.HEADS, jnp.float32)
             for _ in range(tiny.DEPTH)]
-  made = model.apply({'params': params}, tokens[:, :3], caches=caches)
+  made = step(tokens[:, :3], caches, True)
   np.testing.assert_allclose(made['logits'][:, 0], want[:, 3], rtol=1e-4, atol=1e-5)
   for at in range(4, tiny.LENGTH):
-    made = model.apply({'params': params}, tokens[:, at - 1:at], caches=made['caches'],
-                       begin=False)
+    made = step(tokens[:, at - 1:at], made['caches'], False)
     np.testing.assert_allclose(made['logits'][:, 0], want[:, at], rtol=1e-4, atol=1e-5)
   numbers = sum(cache.key.size + cache.value.size for cache in made['caches'])
   assert numbers == 2 * tiny.DEPTH * 2 * tiny.LENGTH * tiny.WIDTH
@@ -62,8 +63,8 @@ def test_cached_logits_are_those_of_a_whole_pass():
 def test_drawn_tokens_follow_the_model():
   model = tiny.model(length=2, depth=1)
   params = tiny.params(model)
-  drawn = np.asarray(sampling.complete(model, params, np.zeros((6000, 0), np.int32),
-                                       jax.random.key(0), settings()))
+  drawn = np.asarray(jax.jit(lambda params: sampling.complete(
+      model, params, np.zeros((6000, 0), np.int32), jax.random.key(0), settings()))(params))
   pairs = np.array([[a, b] for a in range(tiny.COLORS) for b in range(tiny.COLORS)], np.int32)
   chance = jax.nn.log_softmax(model.apply({'params': params}, pairs)['logits'])
   want = np.exp(np.asarray(chance)[:, 0][np.arange(49), pairs[:, 0]]
