@@ -28,6 +28,7 @@ import transformers
 from flax import linen as nn
 
 from configs import image_gpt
+from core import topologies
 from core.nn import decode, losses
 from generative import gpt, sampling, variants
 
@@ -75,9 +76,7 @@ def ours(size: variants.GPT, tokens, prompts, dtype) -> tuple[Callable, Callable
 
 
 def _gib(compiled) -> float:
-  memory = compiled.memory_analysis()
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**30
+  return topologies.memory(compiled)['total'] / 2**30
 
 
 def peer(size: variants.GPT, tokens, prompts, half: bool) -> tuple[Callable, Callable]:

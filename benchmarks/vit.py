@@ -35,6 +35,7 @@ import torch
 import transformers
 from flax import linen as nn
 
+from core import topologies
 from core.nn import losses
 from vit_family import vit
 
@@ -117,9 +118,7 @@ def jax_side(init_fn, apply, images, labels) -> Side:
 
 
 def _gib(compiled) -> float:
-  memory = compiled.memory_analysis()
-  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 2**30
+  return topologies.memory(compiled)['total'] / 2**30
 
 
 def peer(variant, images, labels, half, gelu) -> Side:

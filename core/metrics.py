@@ -5,10 +5,11 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -111,6 +112,18 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
         break
       raise UserError(f'{path}:{number}: not a JSON line ({e.msg})') from e
   return lines
+
+
+def best_classes(chances: np.ndarray, names: Sequence[str], count: int = 5) -> list[dict[str, Any]]:
+  """The most likely classes, best first and equals in their order, ready for JSON.
+
+  Args:
+    chances: float `[classes]`.
+    names: one a class.
+    count: how many at most.
+  """
+  return [{'class': names[i], 'index': int(i), 'probability': round(float(chances[i]), 6)}
+          for i in np.argsort(-chances, kind='stable')[:count]]
 
 
 class Progress:

@@ -36,8 +36,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Runs every evaluator on the newest checkpoint; appends its line to metrics.jsonl."""
   claim_workdir(workdir)
   plan = make_plan(config, workdir=workdir)
-  plan.prepare()
   params, step = _params(plan, workdir)
+  plan.prepare()
   say = print if jax.process_index() == 0 else lambda text: None
   say(f'evaluating step {step}' if step else f'evaluating {config.init_from}')
   values = Evaluators(plan, workdir).run(params, step, say=say)
@@ -53,8 +53,8 @@ def predict(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     raise UserError(f'--input={inputs}: no such file or folder')
   claim_workdir(workdir)
   plan = make_plan(config, workdir=workdir)
-  plan.prepare()
   params, _ = _params(plan, workdir)
+  plan.prepare()
   out = workdir / 'predictions'
   out.mkdir(exist_ok=True)
   records = plan.task.predict(params, inputs, out)
@@ -67,8 +67,8 @@ def export(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes the parameters in the ecosystem's own format: DIR/export.*."""
   claim_workdir(workdir)
   plan = make_plan(config, workdir=workdir)
-  plan.prepare()
   params, _ = _params(plan, workdir)
+  plan.prepare()
   params = jax.tree.map(plan.fetch, params)
   if jax.process_index() == 0:
     path = plan.task.export(params, workdir / 'export')

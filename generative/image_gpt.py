@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from core import keys, task
+from core import keys, metrics as metrics_lib, task
 from core.config import UserError, choose
 from core.data import images, sources
 from core.evaluate import Mean
@@ -233,7 +233,7 @@ class Task(task.Task):
       metrics['accuracy'] = (((logits.argmax(-1) == labels) * mask).sum(), weight)
     return total, task.Aux(weight, metrics)
 
-  def features(self, params, tokens: jax.Array, draw: int = 0) -> jax.Array:
+  def features(self, params, tokens: jax.Array, draw: jax.Array | int = 0) -> jax.Array:
     """What probes read of every layer: float32 `[batch, depth + 1, width]`.
 
     BERT's inputs are masked here too; `draw` numbers the masks.
@@ -282,7 +282,7 @@ class Task(task.Task):
                       "'ar' completes images")
     complete = jax.jit(functools.partial(sampling.complete, self.model, settings=settings),
                        compiler_options=decode.compiler_options())
-    classify = jax.jit(self.class_logits)
+    classify = jax.jit(lambda params, tokens: jax.nn.softmax(self.class_logits(params, tokens)))
     size, resized = self.config.data.image_size, False
     given = sampling.given_rows(settings, size) * size
     records = []
@@ -303,13 +303,7 @@ class Task(task.Task):
         record['completions'].append(f'{path.stem}_{i}.png')
         images.write(out / record['completions'][-1], image)
       if self.config.model.clf_weight:
-        record['top5'] = self._best_classes(np.asarray(classify(params, tokens[None]))[0])
+        record['top5'] = metrics_lib.best_classes(
+            np.asarray(classify(params, tokens[None]))[0], self.class_names)
       records.append(record)
     return records
-
-  def _best_classes(self, logits: np.ndarray) -> list[dict[str, Any]]:
-    chance = np.exp(logits.astype(np.float64) - logits.max())
-    chance /= chance.sum()
-    return [{'class': self.class_names[i], 'index': int(i),
-             'probability': round(float(chance[i]), 6)}
-            for i in np.argsort(-chance, kind='stable')[:5]]

@@ -37,7 +37,7 @@ class Probe:
     (a class), `subsets`, `masks`."""
     self.train_split, self.test_split, self.every = train_split, test_split, every
     self.settings = settings
-    self._fns = {}
+    self._fn = None
 
   def __call__(self, run, params, step: int) -> dict[str, float]:
     settings = self.settings
@@ -73,10 +73,11 @@ class Probe:
   def _features(self, run, params, split: str, draw: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 `[examples, layers, width]` and int `[examples]`, in the order of the split."""
     task = run.plan.task
-    if draw not in self._fns:
-      self._fns[draw] = lambda params, batch: {
-          'features': task.features(params, batch['tokens'], draw), 'label': batch['label']}
-    parts = list(run.map(self._fns[draw], params, split))
+    if self._fn is None:
+      self._fn = lambda args, batch: {
+          'features': task.features(args[0], batch['tokens'], args[1]), 'label': batch['label']}
+    # The number of the mask is an argument, so that all masks share one compilation.
+    parts = list(run.map(self._fn, (params, np.int32(draw)), split))
     return tuple(np.concatenate([part[k] for part in parts]) for k in ('features', 'label'))
 
   def _fit(self, x: np.ndarray, y: np.ndarray, strength: float):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core import metrics as metrics_lib
 from core import task
 from core.config import UserError, choose
 from core.data import images, sources
@@ -200,9 +201,7 @@ class Task(task.Task):
       image = self._eval_crop(images.read(path, self.config.data.channels))
       logits, weights = jax.device_get(look(params, {'image': image[None]}))
       probabilities = _probabilities(logits[0], self.config.model.loss)
-      order = np.argsort(-probabilities, kind='stable')[:5]
-      top = [{'class': self.class_names[i], 'index': int(i),
-              'probability': round(float(probabilities[i]), 6)} for i in order]
+      top = metrics_lib.best_classes(probabilities, self.class_names)
       picture = out / f'{path.stem}.png'
       record = {'input': str(path), 'top5': top, 'picture': picture.name}
       if is_vit:

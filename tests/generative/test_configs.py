@@ -16,7 +16,8 @@ ARGS = ([f'{size},{data}' for size in image_gpt.SIZES for data in image_gpt.DATA
 def test_every_config_makes_a_task(arg):
   config = image_gpt.get_config(arg)
   config_lib.validate(config)
-  task_lib.load(config).batch_spec(2)
+  spec = task_lib.load(config).batch_spec(2)
+  assert spec['tokens'].shape == (2, config.data.image_size ** 2)
 
 
 @pytest.mark.parametrize('arg, rate', [
