@@ -38,7 +38,9 @@ def base() -> ml_collections.ConfigDict:
   config.mesh = ml_collections.ConfigDict(dict(data=0, fsdp=0, tensor=0))  # 0 is automatic
   config.rules = 'dp'               # dp, fsdp, tp, fsdp_tp
   config.eval = ml_collections.ConfigDict(dict(every='10%', batch_size=0))
-  config.checkpoint = ml_collections.ConfigDict(dict(every='10%', keep=2, best=''))
+  config.checkpoint = ml_collections.ConfigDict(dict(
+      every='10%', keep=2, best='',
+      average=1))                   # evaluate, predict, export: mean of so many of the newest
   config.init_from = ''             # a workdir of ours, or foreign weights
   config.seed = 0
   config.topology = ''              # TPU slice that --mode=compile is for, such as v5e:4x4

@@ -102,8 +102,13 @@ class Checkpoints:
       self._set_aside(step)
     return found
 
-  def restore_params(self, params_shape):
+  def restore_params(self, params_shape, average: int = 1):
     """Reads only what evaluation needs from the newest readable checkpoint.
+
+    Args:
+      params_shape: parameters of `jax.ShapeDtypeStruct` with the shardings wanted.
+      average: take the mean of so many of the newest checkpoints ("Attention Is All You Need",
+        section 6.1); all of them must then be readable.
 
     Returns:
       (parameters, step), the average of the parameters where one was kept; None when there is no
@@ -116,7 +121,25 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(
           state=_restore_args({key: params_shape}, partial=True))).state[key], step
 
-    return self._newest(read)[0]
+    if average == 1:
+      return self._newest(read)[0]
+    steps = self.steps()[-average:]
+    if len(steps) < average:
+      raise UserError(f'config.checkpoint.average={average}, but {self.directory} holds the '
+                      f'checkpoints {steps}; more are kept with config.checkpoint.keep')
+    mean = None
+    add = jax.jit(lambda mean, params: jax.tree.map(lambda m, p: m + p / average, mean, params),
+                  donate_argnums=(0, 1))
+    for step in steps:
+      try:
+        params, _ = read(step)
+      except UserError:
+        raise
+      except Exception as e:  # pylint: disable=broad-except  # Whatever a damaged file does.
+        raise UserError(f'{self._where(step)} cannot be read ({type(e).__name__}), so that there '
+                        f'is no mean of {average}') from e
+      mean = add(jax.tree.map(lambda p: p * 0, params) if mean is None else mean, params)
+    return mean, steps[-1]
 
   def _newest(self, read) -> tuple[Any, list[int]]:
     """Tries `read(step)` from the newest down; returns its result and the steps that failed."""

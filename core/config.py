@@ -48,6 +48,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if config.batch_size % config.accum:
     raise UserError(f'config.batch_size={config.batch_size} does not split into '
                     f'config.accum={config.accum} equal microbatches')
+  if not 1 <= config.checkpoint.average <= config.checkpoint.keep:
+    raise UserError(f'config.checkpoint.average={config.checkpoint.average}; it must be between 1 '
+                    f'and config.checkpoint.keep={config.checkpoint.keep}')
   choose('config.precision', config.precision, ('float32', 'bfloat16'))
   choose('config.remat', config.remat, ('none', 'full', 'dots'))
 
@@ -62,13 +65,13 @@ def choose(what: str, name: str, table: Mapping[str, Any] | Iterable[str]) -> An
   raise UserError(f'{what}: unknown name {name!r}; {hint}valid: {", ".join(names)}')
 
 
-def duration(text: str | int, *, batch_size: int, examples: int | None = None,
+def duration(text: str | int, *, batch_size: int | None, examples: int | None = None,
              total: int | None = None, what: str = 'duration') -> int:
   """Turns '300', '300 steps', '5 epochs', '1e6 examples' or '10%' into a number of steps.
 
   Args:
     text: a number followed by an optional unit; a bare number counts steps.
-    batch_size: examples a step.
+    batch_size: examples a step, None where they vary.
     examples: examples an epoch, needed for epochs.
     total: steps of the whole run, needed for '%'.
     what: the config key, named in errors.
@@ -84,6 +87,9 @@ def duration(text: str | int, *, batch_size: int, examples: int | None = None,
     raise UserError(f"{what}={text!r} is not a duration; write e.g. '300 steps', '5 epochs', "
                     "'1e6 examples' or '10%'")
   number, unit = float(match[1]), (match[2] or 'steps').lower().rstrip('s')
+  if unit in ('epoch', 'example') and batch_size is None:
+    raise UserError(f'{what}={text!r}: batches of this run differ in their number of examples; '
+                    'give steps')
   if unit == 'epoch':
     if not examples:
       raise UserError(f'{what}={text!r}: the number of examples is not known; set '

@@ -42,18 +42,27 @@ class EvalRun:
     return path
 
   def batches(self, split: str) -> Iterator[Mapping[str, jax.Array]]:
-    """Global device batches of a split in order; padding rows have `mask` 0."""
+    """Global device batches of a split; padding rows have `mask` 0 and `index` -1.
+
+    They come in the order of the split, one shape of batch after the other.
+    """
     plan = self.plan
-    spec = plan.task.batch_spec(self.batch_size)
-    shardings = plan.batch_shardings(spec)
-    rows = devices.process_rows(shardings['mask'], self.batch_size)
     source = plan.task.dataset(split)
-    stream = pipeline.eval_stream(source, functools.partial(plan.task.transform, train=False),
-                                  batch_size=self.batch_size, rows=rows)
-    put = lambda batch: devices.to_device(
-        {k: v for k, v in batch.items() if k in spec}, shardings, self.batch_size, rows)
-    with devices.prefetch(stream, put) as device_batches:
-      yield from device_batches
+    specs = plan.task.specs(self.batch_size, train=False)
+    for bucket, spec in enumerate(specs):
+      indices = None if len(specs) == 1 else np.flatnonzero(source.buckets == bucket)
+      if indices is not None and not len(indices):
+        continue
+      size = spec['mask'].shape[0]
+      spec = {**spec, 'index': jax.ShapeDtypeStruct((size,), np.int32)}
+      shardings = plan.batch_shardings(spec)
+      rows = devices.process_rows(shardings['mask'], size)
+      stream = pipeline.eval_stream(source, functools.partial(plan.task.transform, train=False),
+                                    batch_size=size, rows=rows, indices=indices)
+      put = lambda batch, size=size, rows=rows, shardings=shardings: devices.to_device(
+          {k: v for k, v in batch.items() if k in shardings}, shardings, size, rows)
+      with devices.prefetch(stream, put) as device_batches:
+        yield from device_batches
 
   def jit(self, fn: Callable, **kwargs) -> Callable:
     """Compiles `fn(params, batch)` once for this run; its results are whole on every host."""
@@ -64,18 +73,19 @@ class EvalRun:
   def map(self, fn: Callable, params, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Runs `fn(params, batch) -> {name: [batch, ...]}` and yields its rows without the padding.
 
-    The arrays are numpy, in the order of the split, on every process.
+    The arrays are numpy, in the order of `batches`, on every process; 'index' int32 is the place of
+    each example in the split.
     """
     compiled = self.jit(fn)
-    mask_of = self.jit(_mask)
+    index_of = self.jit(_index)
     for batch in self.batches(split):
-      outputs, mask = jax.device_get((compiled(params, batch), mask_of(params, batch)))
-      yield {k: v[mask > 0] for k, v in outputs.items()}
+      outputs, index = jax.device_get((compiled(params, batch), index_of(params, batch)))
+      yield {k: v[index >= 0] for k, v in {**outputs, 'index': index}.items()}
 
 
-def _mask(params, batch):
+def _index(params, batch):
   del params
-  return batch['mask']
+  return batch['index']
 
 
 class Mean:

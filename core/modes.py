@@ -89,16 +89,19 @@ def inspect(config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> 
   print(partition.report(plan.params_shape, plan.state_sharding.params))
   print(f'with optimizer state {partition.human_bytes(state_bytes)} over all devices\n')
 
-  print(f'batch of {config.batch_size}, {plan.steps} steps'
+  print(f'batches, {plan.steps} steps'
         + (f', {plan.examples:,} examples an epoch' if plan.examples else ''))
-  for name, spec in plan.task.batch_spec(config.batch_size).items():
-    print(f'  {name}: {tuple(spec.shape)} {np.dtype(spec.dtype).name} split '
-          f'{tuple(plan.batch_sharding[name].spec)}')
+  for bucket, specs in enumerate(plan.specs):
+    print(f'batch of {specs["mask"].shape[0]}' + (f', bucket {bucket}' if plan.specs[1:] else ''))
+    for name, spec in specs.items():
+      print(f'  {name}: {tuple(spec.shape)} {np.dtype(spec.dtype).name} split '
+            f'{tuple(plan.batch_sharding[name].spec)}')
   print('\none element of the training data')
   source = plan.task.dataset(plan.task.train_split)
   element = plan.task.transform(source[0], np.random.default_rng(config.seed), True)
   batch = {k: np.asarray(v)[None] for k, v in element.items()}
-  pipeline.check_against_spec({**batch, 'mask': np.ones(1, np.float32)}, plan.task.batch_spec(1))
+  bucket = source.buckets[0] if plan.specs[1:] else 0
+  pipeline.check_against_spec({**batch, 'mask': np.ones(1, np.float32)}, plan.specs[bucket])
   for name, value in element.items():
     value = np.asarray(value)
     text = f'{value}' if value.size <= 8 else f'from {value.min()} to {value.max()}'

@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         momentum, nesterov, accumulator_dtype),
     'adam': optax.scale_by_adam,
     'adamw': optax.scale_by_adam,
+    'adadelta': optax.scale_by_adadelta,
     'adafactor': optax.scale_by_factored_rms,
     'adagrad': optax.scale_by_rss,
     'lamb': optax.scale_by_adam,  # the trust ratio follows the decay, see make_optimizer
@@ -55,8 +56,8 @@ def _progress(t, warmup, total):
   return jnp.clip((t - warmup) / max(total - warmup, 1), 0, 1)
 
 
-SCHEDULES = {'cosine': _cosine, 'linear': _linear, 'rsqrt': _rsqrt, 'constant': _constant,
-             'step': None}  # 'step' takes its own arguments, see make_schedule
+SCHEDULES = {'cosine': _cosine, 'linear': _linear, 'rsqrt': _rsqrt, 'noam': _rsqrt,
+             'constant': _constant, 'step': None}  # 'step' takes its own arguments, see make_schedule
 
 
 def make_schedule(schedule: ml_collections.ConfigDict, base_lr: float,
@@ -71,7 +72,7 @@ def make_schedule(schedule: ml_collections.ConfigDict, base_lr: float,
     total: steps of the run.
 
   Returns:
-    step -> rate, float32; at step 0 it is 0 when there is a warm-up (vit sheet section 9).
+    step -> rate, float32; at step 0 it is 0 when there is a warm-up, but for 'noam'.
   """
   name = schedule.name
   choose('config.optim.schedule.name', name, SCHEDULES)
@@ -88,7 +89,8 @@ def make_schedule(schedule: ml_collections.ConfigDict, base_lr: float,
     shape = lambda t: SCHEDULES[name](t, warmup, total, end)
 
   def rate(step):
-    t = jnp.asarray(step, jnp.float32)
+    # "Attention Is All You Need", equation 3, counts steps from 1, so that none is without effect.
+    t = jnp.asarray(step, jnp.float32) + (name == 'noam')
     ramp = jnp.minimum(1., t / warmup) if warmup else 1.
     return jnp.asarray(base_lr * ramp * shape(t), jnp.float32)
   return rate
@@ -112,7 +114,7 @@ def _check_regex(key: str, pattern: str, params) -> None:
 
 
 
-def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batch_size: int,
+def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batch_size: int | None,
                    examples: int | None) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Builds the optimizer of a config.
 
@@ -123,7 +125,7 @@ def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batc
       `freeze`, a regular expression of parameters that keep their values ('' for none).
     params: parameter tree (shapes are enough).
     steps: steps of the run.
-    batch_size: examples a step.
+    batch_size: examples a step, None where they vary.
     examples: examples an epoch, when known.
 
   Returns:

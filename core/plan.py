@@ -29,6 +29,7 @@ class Plan:
     optimizer, schedule: from `config.optim`.
     steps: length of the run.
     examples: examples an epoch, None when unknown.
+    specs: every shape that training batches come in, see `Task.specs`.
     state_shape: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
     state_sharding: the same tree of `NamedSharding`.
     batch_sharding: name -> `NamedSharding` of the global batch.
@@ -42,6 +43,7 @@ class Plan:
   schedule: optax.Schedule
   steps: int
   examples: int | None
+  specs: list[dict[str, jax.ShapeDtypeStruct]]
   state_shape: step.TrainState
   state_sharding: step.TrainState
   batch_sharding: dict[str, jax.sharding.NamedSharding]
@@ -49,8 +51,8 @@ class Plan:
   train_step: Callable
 
   def steps_of(self, text: str, what: str) -> int:
-    return duration(text, batch_size=self.config.batch_size, examples=self.examples,
-                    total=self.steps, what=what)
+    return duration(text, batch_size=_rows(self.specs), examples=self.examples, total=self.steps,
+                    what=what)
 
   @property
   def params_shape(self):
@@ -103,12 +105,13 @@ def make_plan(config: ml_collections.ConfigDict,
   validate(config)
   task = task_lib.load(config, workdir)
   layout = partition.make_layout(config, devices)
+  specs = task.specs(config.batch_size, train=True)
+  rows = _rows(specs)
   examples = config.data.examples or None
   needs_examples = 'epoch' in str(config.to_dict())
-  if examples is None and needs_examples:
+  if examples is None and needs_examples and rows:
     examples = task.examples()
-  steps = duration(config.steps, batch_size=config.batch_size, examples=examples,
-                   what='config.steps')
+  steps = duration(config.steps, batch_size=rows, examples=examples, what='config.steps')
 
   def init_params(rng):
     with partition.use(layout):
@@ -117,7 +120,7 @@ def make_plan(config: ml_collections.ConfigDict,
   boxed = jax.eval_shape(init_params, jax.random.key(0))
   params = nn.unbox(boxed)
   optimizer, schedule = optim.make_optimizer(
-      config.optim, params, steps=steps, batch_size=config.batch_size, examples=examples)
+      config.optim, params, steps=steps, batch_size=rows, examples=examples)
   params_sharding = partition.param_shardings(boxed, layout)
 
   def init(rng):
@@ -129,7 +132,7 @@ def make_plan(config: ml_collections.ConfigDict,
                              params_sharding if config.ema else None)
   shape = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
                        shape, sharding)
-  plan = Plan(config, task, layout, optimizer, schedule, steps, examples, shape, sharding,
+  plan = Plan(config, task, layout, optimizer, schedule, steps, examples, specs, shape, sharding,
               batch_sharding={}, init=jax.jit(init, out_shardings=sharding), train_step=None)
   batch_sharding = plan.batch_shardings(task.batch_spec(config.batch_size))
   train_step = plan.jit(
@@ -137,3 +140,9 @@ def make_plan(config: ml_collections.ConfigDict,
       donate_argnums=0, in_shardings=(sharding, batch_sharding),
       out_shardings=(sharding, layout.replicated))
   return dataclasses.replace(plan, batch_sharding=batch_sharding, train_step=train_step)
+
+
+def _rows(specs: list[dict[str, jax.ShapeDtypeStruct]]) -> int | None:
+  """Examples a step; None when it depends on the shape of the batch."""
+  rows = {spec['mask'].shape[0] for spec in specs}
+  return rows.pop() if len(rows) == 1 else None

@@ -73,10 +73,10 @@ def read_params(plan: Plan, path: str):
 
 
 def restore_params(plan: Plan, workdir: pathlib.Path):
-  """(parameters to use, step) of a workdir's newest readable checkpoint."""
+  """(parameters to use, step) of a workdir's newest readable checkpoint, or mean of several."""
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    restored = checkpoints.restore_params(plan.params_shape)
+    restored = checkpoints.restore_params(plan.params_shape, plan.config.checkpoint.average)
   finally:
     checkpoints.close()
   if restored is None:

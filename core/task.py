@@ -79,6 +79,7 @@ class Task:
     raise NotImplementedError
 
   def dataset(self, split: str) -> Source:
+    """The examples of a split; with several `specs`, `source.buckets` says which each is of."""
     raise NotImplementedError
 
   def transform(self, example: dict[str, Any], rng: np.random.Generator,
@@ -97,6 +98,15 @@ class Task:
   # What a paper may say.
 
   train_split = 'train'
+
+  def specs(self, batch_size: int, train: bool) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Every shape that batches come in, a compilation each: one, or a few where sizes vary.
+
+    How many rows a batch of each has is the task's: of short sentences it may hold more. Rows are
+    multiples of `batch_size`; `batch_spec(batch_size)` is the one that takes most memory.
+    """
+    del train
+    return [self.batch_spec(batch_size)]
 
   def examples(self) -> int | None:
     """Examples an epoch: from the config when it says so, else counted in the data."""

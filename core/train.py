@@ -97,6 +97,7 @@ class _Loop:
     try:
       with _Stop() as stop, self._stream(start) as stream:
         self._clock, self._starved, running = (time.monotonic(), start), 0., None
+        self._examples = 0
         for step in range(start + 1, plan.steps + 1):
           self.profile.before(step)
           waited = stream.waited
@@ -104,13 +105,14 @@ class _Loop:
           # While the step before still runs, waiting here costs nothing: the host is ahead.
           if running is not None and running.is_ready():
             self._starved += stream.waited - waited
+          self._examples += len(batch['mask'])
           state, step_metrics = plan.train_step(state, batch)
           running = step_metrics['loss'][0]
           if step == start + 1:
             jax.block_until_ready(state)
             self.progress.say(f'first step done after {time.monotonic() - self._clock[0]:.1f} s '
                               '(compilation included)')
-            self._clock, self._starved = (time.monotonic(), step), 0.
+            self._clock, self._starved, self._examples = (time.monotonic(), step), 0., 0
           self.window.add(step, step_metrics)
           self.profile.after(step, state)
           self.progress.advance(step)
@@ -153,21 +155,21 @@ class _Loop:
 
   def _stream(self, start: int):
     plan, data = self.plan, self.plan.config.data
-    rows = devices.process_rows(plan.batch_sharding['mask'], plan.config.batch_size)
-    stream = pipeline.train_stream(
+    sizes = [spec['mask'].shape[0] for spec in plan.specs]
+    rows = [devices.process_rows(plan.batch_sharding['mask'], size) for size in sizes]
+    stream = pipeline.bucket_stream(
         plan.task.dataset(plan.task.train_split),
         functools.partial(plan.task.transform, train=True),
-        batch_size=plan.config.batch_size, rows=rows, seed=plan.config.seed, start_step=start,
+        batch_sizes=sizes, rows=rows, seed=plan.config.seed, start_step=start,
         workers=data.workers, threads=data.threads, reuse_batch=data.reuse_batch)
-    spec = plan.task.batch_spec(plan.config.batch_size)
-    checked = False
+    unchecked = set(range(len(sizes)))
 
-    def put(batch):
-      nonlocal checked
-      if not checked:
-        pipeline.check_against_spec(batch, spec)
-        checked = True
-      return devices.to_device(batch, plan.batch_sharding, plan.config.batch_size, rows)
+    def put(element):
+      bucket, batch = element
+      if bucket in unchecked:
+        pipeline.check_against_spec(batch, plan.specs[bucket])
+        unchecked.remove(bucket)
+      return devices.to_device(batch, plan.batch_sharding, sizes[bucket], rows[bucket])
     return devices.prefetch(stream, put)
 
   def _after(self, step: int, state, stopping: bool) -> None:
@@ -199,14 +201,14 @@ class _Loop:
     seconds = max(now - began, 1e-9)
     line = {f'train/{k}': v for k, v in sorted(values.items())}
     if step > first:
-      line['time/examples_per_second'] = (step - first) * self.plan.config.batch_size / seconds
+      line['time/examples_per_second'] = self._examples / seconds
       line['time/input_wait_share'] = min(self._starved / seconds, 1.)
     self.writer.write(step, line)
     shown = {'loss': values['loss']}
     if 'time/examples_per_second' in line:
       shown['examples/s'] = line['time/examples_per_second']
     self.progress.show(step, shown)
-    self._clock, self._starved = (now, step), 0.
+    self._clock, self._starved, self._examples = (now, step), 0., 0
 
   def _pause(self, seconds: float) -> None:
     """Keeps time that was not training out of the examples-per-second."""

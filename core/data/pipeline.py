@@ -23,6 +23,7 @@ from absl import flags
 from absl import logging
 
 from core.config import UserError
+from core.data import buckets
 from core.data.images import ImageError
 
 Batch = dict[str, np.ndarray]
@@ -85,9 +86,56 @@ def train_stream(
   return stream
 
 
+def bucket_stream(
+    source: Source, transform: Transform, *, batch_sizes: Sequence[int],
+    rows: Sequence[Sequence[int]], seed: int, start_step: int = 0, workers: int = 0,
+    threads: int = 4, reuse_batch: bool = False,
+) -> Iterator[tuple[int, Batch]]:
+  """Like `train_stream`, for batches of one or several shapes; yields (bucket, batch).
+
+  Args:
+    source: with several buckets its attribute `buckets`, int `[len]`, says which one each example
+      is of; the transform gives examples of one bucket the same shapes.
+    transform: as in `train_stream`.
+    batch_sizes: rows of a global batch of each bucket.
+    rows: the rows that this process provides of each bucket's batches.
+    seed, start_step, workers, threads, reuse_batch: as in `train_stream`. With several buckets
+      every thread makes a batch of its own.
+
+  Raises:
+    UserError: the source is empty.
+  """
+  if len(batch_sizes) == 1:
+    stream = train_stream(
+        source, transform, batch_size=batch_sizes[0], rows=rows[0], seed=seed,
+        start_step=start_step, workers=workers, threads=threads, reuse_batch=reuse_batch)
+    with contextlib.closing(stream):
+      for batch in stream:
+        yield 0, batch
+    return
+  import grain
+  if not len(source):
+    raise UserError(f'{source!r} is empty; training needs at least one example')
+  order_seed, map_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+  members = [np.flatnonzero(source.buckets == bucket) for bucket in range(len(batch_sizes))]
+  schedule = buckets.Schedule([len(m) for m in members], batch_sizes, order_seed)
+  read = _Read(source, transform, replace_bad=True)
+  examples = [
+      grain.MapDataset.source(m).shuffle(seed=order_seed).repeat().random_map(read, seed=map_seed)
+      if len(m) else None for m in members]
+  batches = _make_batches(examples, schedule, tuple(batch_sizes), tuple(map(tuple, rows)))
+  stream = _read_ahead(batches[start_step:], workers, threads)
+  step = start_step
+  with contextlib.closing(stream):
+    first = next(stream) if reuse_batch else None
+    while True:
+      yield schedule.at(start_step if reuse_batch else step)[0], first or next(stream)
+      step += 1
+
+
 def eval_stream(
     source: Source, transform: Transform, *, batch_size: int, rows: Sequence[int],
-    workers: int = 0, threads: int = 4,
+    indices: np.ndarray | None = None, workers: int = 0, threads: int = 4,
 ) -> Iterator[Batch]:
   """Yields this process's rows of every batch of a split: each example exactly once, in order.
 
@@ -99,6 +147,7 @@ def eval_stream(
     transform: as in `train_stream`; its random generator is seeded by the example's index alone.
     batch_size: rows of a global batch.
     rows: the rows that this process provides.
+    indices: of the examples to read, all by default.
     workers: processes that make batches; 0 makes them in threads of this process.
     threads: threads in this process, or in each worker.
 
@@ -112,9 +161,10 @@ def eval_stream(
   import grain
   if not len(source):
     raise UserError(f'{source!r} is empty; evaluation needs at least one example')
-  examples = grain.MapDataset.range(len(source)).random_map(
+  indices = np.arange(len(source)) if indices is None else indices
+  examples = grain.MapDataset.source(indices).random_map(
       _Read(source, transform, replace_bad=False), seed=0)
-  return _stream(examples, batch_size, rows, len(source), 0, workers, threads)
+  return _stream(examples, batch_size, rows, len(indices), 0, workers, threads)
 
 
 class _Read:
@@ -187,27 +237,66 @@ def _make_rows(parent, batch_size, rows, examples):
   return _rows_dataset()(parent, batch_size, rows, examples)
 
 
+@functools.cache
+def _batches_dataset():
+  """Like `_rows_dataset`."""
+  import grain
+
+  class Batches(grain.MapDataset):
+    """Element n is this process's part of the batch of step n, stacked."""
+
+    def __init__(self, parents, schedule, batch_sizes, rows):
+      super().__init__([p for p in parents if p is not None])
+      self._all, self._schedule = parents, schedule
+      self._batch_sizes, self._rows = batch_sizes, rows
+
+    def __len__(self):
+      return sys.maxsize // max(self._batch_sizes)
+
+    def __getitem__(self, index):
+      if isinstance(index, slice):
+        return self.slice(index)
+      bucket, number = self._schedule.at(index)
+      start = number * self._batch_sizes[bucket]
+      examples = [self._all[bucket][start + row] for row in self._rows[bucket]]
+      return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+  Batches.__reduce__ = lambda self: (
+      _make_batches, (self._all, self._schedule, self._batch_sizes, self._rows))
+  return Batches
+
+
+def _make_batches(parents, schedule, batch_sizes, rows):
+  return _batches_dataset()(parents, schedule, batch_sizes, rows)
+
+
 def _stream(examples, batch_size: int, rows: Sequence[int], count: int | None, start_step: int,
             workers: int, threads: int) -> '_Stream':
   """Cuts a row of examples into batches, from `start_step` on, read ahead by threads or workers."""
-  import grain
   rows = [int(r) for r in rows]
   if not rows or min(rows) < 0 or max(rows) >= batch_size:
     raise ValueError(f'rows must be in 0..{batch_size - 1}, and at least one: {rows}')
   local = _make_rows(examples, batch_size, rows, count)
   if workers:
     # A worker takes every n-th element, so the elements must be batches.
-    batches = local.batch(len(rows))[start_step:].to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    return _read_ahead(local.batch(len(rows))[start_step:], workers, threads)
+  # Threads work on examples, so the first batch comes soon and few batches are in memory.
+  import grain
+  return _Stream(iter(local[start_step * len(rows):].to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(len(rows), 2 * threads))
+  ).batch(len(rows))))
+
+
+def _read_ahead(batches, workers: int, threads: int) -> '_Stream':
+  """Yields the elements of a grain dataset of batches, made by threads here or in workers."""
+  import grain
+  batches = batches.to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+  if workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain's workers insist; notebooks and tests parse no flags.
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=1))
-  else:
-    # Threads work on examples, so the first batch comes soon and few batches are in memory.
-    batches = local[start_step * len(rows):].to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(len(rows), 2 * threads))
-    ).batch(len(rows))
   return _Stream(iter(batches))
 
 

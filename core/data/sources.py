@@ -23,6 +23,8 @@ from core.data.folders import FolderSource
 # first use, into the same directory as everything of tfds.
 _EMBEDDED = {
     'digits': ('core.data.datasets.digits', 'Digits'),
+    'numbers_en_de': ('core.data.datasets.numbers', 'NumbersEnDe'),
+    'numbers_en_ko': ('core.data.datasets.numbers', 'NumbersEnKo'),
 }
 
 

@@ -43,7 +43,7 @@ def dot_product_attention(
   Args:
     query: `[batch, q_len, heads, head_dim]` float.
     key: `[batch, k_len, heads, head_dim]`, same dtype.
-    value: `[batch, k_len, heads, head_dim]`, same dtype.
+    value: `[batch, k_len, heads, head_dim]`, same dtype; heads of another size go through XLA.
     mask: bool, broadcastable to `[batch, heads, q_len, k_len]`; True lets a query see a key.
     causal: also hide every key after the query's own position; needs q_len == k_len.
     dropout_rate: share of the weights that is dropped; the rest is scaled up.
@@ -60,7 +60,7 @@ def dot_product_attention(
                      f'{key.shape[1]}; a decoder with a cache passes a mask')
   dropout = dropout_rate > 0.0 and dropout_rng is not None
   if implementation is None:
-    implementation = 'xla' if return_weights or dropout else _choose(query, key, mask)
+    implementation = 'xla' if return_weights or dropout else _choose(query, key, value, mask)
   elif implementation != 'xla' and (return_weights or dropout):
     raise ValueError(f'{implementation!r} attention has neither weights to return nor dropout')
   if implementation == 'splash':
@@ -77,9 +77,11 @@ def dot_product_attention(
               return_weights)
 
 
-def _choose(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
+def _choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> str:
   """The fastest implementation for these shapes on the platform that will run them."""
   head_dim = query.shape[-1]
+  if value.shape[-1] != head_dim:
+    return 'xla'
   platform = partition.platform()
   if platform == 'gpu':
     half = query.dtype in (jnp.bfloat16, jnp.float16)
@@ -261,6 +263,7 @@ class MultiHeadAttention(nn.Module):
   Attributes:
     heads: number of heads.
     head_dim: size of a head; by default the query width divided by `heads`.
+    value_dim: size of a head's values where it is another (d_v of the Transformer's table 3).
     out_width: width of the output; by default that of the queries.
     dtype: computation dtype; parameters are float32.
     use_bias: whether the four projections have biases.
@@ -272,6 +275,7 @@ class MultiHeadAttention(nn.Module):
   """
   heads: int
   head_dim: int | None = None
+  value_dim: int | None = None
   out_width: int | None = None
   dtype: Any = jnp.float32
   use_bias: bool = True
@@ -302,7 +306,8 @@ class MultiHeadAttention(nn.Module):
         (DETR adds positions to queries and keys alone); None to read them from the keys' input.
       mask: bool, broadcastable to `[batch, heads, q_len, k_len]`, True lets a query see a key.
       causal: hide keys after the query's own position.
-      cache: in generation, the `decode.Cache` of what came before; it decides what a query sees.
+      cache: in generation, the `decode.Cache` of what came before, or the `decode.Memory` of a
+        source, which once filled needs no `inputs_kv`; it decides what a query sees.
       train: draws attention dropout from the rng 'dropout'.
 
     Returns:
@@ -312,36 +317,39 @@ class MultiHeadAttention(nn.Module):
     head_dim = self.head_dim or width // self.heads
     if not self.head_dim and width % self.heads:
       raise ValueError(f'width {width} does not divide into {self.heads} heads')
+    fixed = cache is not None and cache.fixed
     inputs_k = inputs_q if inputs_kv is None else inputs_kv
     inputs_v = inputs_k if inputs_v is None else inputs_v
 
-    def projection(name, inputs):
-      return _Projection((inputs.shape[-1], self.heads, head_dim), ('embed', 'heads', 'kv'), 1,
+    def projection(name, inputs, size):
+      return _Projection((inputs.shape[-1], self.heads, size), ('embed', 'heads', 'kv'), 1,
                          self.use_bias, self.kernel_init, self.bias_init, self.dtype, name=name)()
 
-    sources = (inputs_q, inputs_k, inputs_v)
-    params = [projection(*named) for named in zip(('query', 'key', 'value'), sources)]
+    value_dim = self.value_dim or head_dim
+    sources = (inputs_q,) if fixed else (inputs_q, inputs_k, inputs_v)
+    params = [projection(*named) for named in zip(
+        ('query', 'key', 'value'), sources, (head_dim, head_dim, value_dim))]
     # Neighbours that read the same input share one matrix product: all three in self-attention,
     # keys and values in cross-attention, queries and keys in DETR's encoder. Not in generation:
     # side by side the kernels are a copy, which would cost more for one token than it saves.
     projected = []
     start = 0
-    while start < 3:
+    while start < len(sources):
       end = start + 1
-      while cache is None and end < 3 and sources[end] is sources[start]:
+      while (cache is None and end < 3 and sources[end] is sources[start]
+             and params[end][0].shape == params[start][0].shape):
         end += 1
       projected += _project(sources[start].astype(self.dtype), params[start:end])
       start = end
-    query, key, value = (
-        partition.constrain(x, ('batch', 'length', 'heads', 'kv')) for x in projected)
+    projected = [partition.constrain(x, ('batch', 'length', 'heads', 'kv')) for x in projected]
 
     if cache is not None:
-      out, cache = cache.attend(query, key, value)
+      out, cache = cache.attend(*projected)
     else:
-      out = self._attend(query, key, value, mask, causal, train)
+      out = self._attend(*projected, mask, causal, train)
 
     kernel, bias = _Projection(
-        (self.heads, head_dim, self.out_width or width), ('heads', 'kv', 'embed'), 2,
+        (self.heads, value_dim, self.out_width or width), ('heads', 'kv', 'embed'), 2,
         self.use_bias, self.out_init or self.kernel_init, self.bias_init, self.dtype, name='out')()
     out = lax.dot_general(out, kernel, (((2, 3), (0, 1)), ((), ())))
     if bias is not None:

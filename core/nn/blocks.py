@@ -90,6 +90,7 @@ class TransformerBlock(nn.Module):
     cross: whether there is a cross-attention branch between self-attention and MLP.
     causal: whether self-attention hides the future.
     head_dim: size of a head; by default width / heads.
+    value_dim: size of a head's values where it is another.
     activation: a key of `ACTIVATIONS`.
     epsilon: of the layer norms: 1e-6 in flax, 1e-5 in torch, 1e-12 in BERT.
     dtype: computation dtype.
@@ -106,6 +107,7 @@ class TransformerBlock(nn.Module):
   cross: bool = False
   causal: bool = False
   head_dim: int | None = None
+  value_dim: int | None = None
   activation: str = 'gelu_tanh'
   epsilon: float = 1e-6
   dtype: Any = jnp.float32
@@ -125,8 +127,9 @@ class TransformerBlock(nn.Module):
       memory: jax.Array | None = None,
       memory_mask: jax.Array | None = None,
       branch_drop_rate: jax.Array | float | None = None,
+      cache: tuple[Any, ...] | None = None,
       train: bool = False,
-  ) -> jax.Array:
+  ) -> jax.Array | tuple[jax.Array, tuple[Any, ...]]:
     """Runs the block.
 
     Args:
@@ -138,23 +141,34 @@ class TransformerBlock(nn.Module):
       branch_drop_rate: scalar in [0, 1): in training, how often an example goes around a branch
         (stochastic depth, Huang et al. 2016, with the kept branches scaled up instead of scaling
         down in evaluation); None for never.
+      cache: in generation, the `decode.Cache` of the self-attention and, with `cross`, the
+        `decode.Memory` of the memory, which once filled need not be given.
       train: switches dropout on, drawn from the rng 'dropout'.
 
     Returns:
-      `[batch, length, width]` in `dtype`.
+      `[batch, length, width]` in `dtype`; with `cache` a pair with the caches after.
     """
     if self.norm not in ('pre', 'post'):
       raise ValueError(f"norm={self.norm!r}: expected 'pre' or 'post'")
-    if self.cross != (memory is not None):
+    filled = cache is not None and self.cross and cache[1].fixed
+    if self.cross != (memory is not None or filled):
       raise ValueError(f'a block with cross={self.cross} was called '
                        f'{"without" if self.cross else "with"} memory')
     drop = nn.Dropout(self.dropout_rate, deterministic=not train)
 
+    caches = []
+
     def attend(index, x, *args, **kwargs):
-      return drop(attention.MultiHeadAttention(
-          heads=self.heads, head_dim=self.head_dim, dtype=self.dtype, use_bias=self.use_bias,
+      out = attention.MultiHeadAttention(
+          heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim, dtype=self.dtype,
+          use_bias=self.use_bias,
           dropout_rate=self.attention_dropout_rate, kernel_init=self.kernel_init,
-          name=f'MultiHeadDotProductAttention_{index}')(x, *args, train=train, **kwargs))
+          name=f'MultiHeadDotProductAttention_{index}')(
+              x, *args, cache=cache and cache[index], train=train, **kwargs)
+      if cache is not None:
+        out, after = out
+        caches.append(after)
+      return drop(out)
 
     def mlp(x):
       return MlpBlock(
@@ -184,7 +198,7 @@ class TransformerBlock(nn.Module):
       else:
         x = norm(x + drop_branch(branch(x)))
       x = partition.constrain(x, ('batch', 'length', 'embed'))
-    return x
+    return x if cache is None else (x, tuple(caches))
 
 
 def run_blocks(

@@ -25,11 +25,13 @@ class Cache:
   key: jax.Array
   value: jax.Array
   position: jax.Array
+  fixed = False  # Attention adds keys and values to it.
 
   @classmethod
-  def empty(cls, batch: int, heads: int, length: int, head_dim: int, dtype: Any) -> 'Cache':
-    zeros = jnp.zeros((batch, heads, length, head_dim), dtype)
-    return cls(zeros, zeros, jnp.zeros((), jnp.int32))
+  def empty(cls, batch: int, heads: int, length: int, head_dim: int, dtype: Any,
+            value_dim: int | None = None) -> 'Cache':
+    zeros = lambda size: jnp.zeros((batch, heads, length, size), dtype)
+    return cls(zeros(head_dim), zeros(value_dim or head_dim), jnp.zeros((), jnp.int32))
 
   def grown(self, length: int) -> 'Cache':
     """With room for `length` positions; what attention costs is in proportion to the room."""
@@ -56,6 +58,48 @@ class Cache:
     scores = jnp.einsum('bqhd,bhkd->bhqk', query, after.key, preferred_element_type=jnp.float32)
     weights = attention.masked_softmax(scores, seen).astype(value.dtype)
     return jnp.einsum('bhqk,bhkd->bqhd', weights, after.value), after
+
+
+@flax.struct.dataclass
+class Memory:
+  """Keys and values of one layer's cross-attention: computed once a source, whatever is decoded.
+
+  Several rows may read one source (the beams of a search): theirs stand side by side.
+
+  Attributes:
+    mask: bool `[batch, length]`, which positions of the source are there.
+    key: `[batch, heads, length, head_dim]`, None until the first attention has computed it.
+    value: likewise.
+    weights: float32 `[batch, heads, rows, length]` of the last attention.
+  """
+  mask: jax.Array
+  key: jax.Array | None = None
+  value: jax.Array | None = None
+  weights: jax.Array | None = None
+
+  @property
+  def fixed(self) -> bool:
+    """Whether keys and values are there, so that attention need not compute them."""
+    return self.key is not None
+
+  def attend(self, query: jax.Array, key: jax.Array | None = None,
+             value: jax.Array | None = None) -> tuple[jax.Array, 'Memory']:
+    """Attention of queries to the memory.
+
+    Args:
+      query: `[batch * rows, 1, heads, head_dim]`.
+      key, value: `[batch, length, heads, head_dim]`, the first time.
+
+    Returns:
+      `[batch * rows, 1, heads, head_dim]` in the dtype of `value`, and the memory, filled.
+    """
+    after = self if key is None else Memory(self.mask, key.swapaxes(1, 2), value.swapaxes(1, 2))
+    grouped = query.reshape(len(after.mask), -1, *query.shape[2:])
+    grouped = grouped * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    scores = jnp.einsum('bqhd,bhkd->bhqk', grouped, after.key, preferred_element_type=jnp.float32)
+    weights = attention.masked_softmax(scores, after.mask[:, None, None])
+    out = jnp.einsum('bhqk,bhkd->bqhd', weights.astype(after.value.dtype), after.value)
+    return out.reshape(*query.shape[:-1], -1), after.replace(weights=weights)
 
 
 @functools.cache

@@ -127,6 +127,19 @@ def test_params_alone_prefer_the_average(smoke, tmp_path):
   checkpoints.close()
 
 
+def test_the_mean_of_the_newest(saved):
+  plan, state, directory = saved
+  # Parameters of step 2 are those of step 1 plus 2.
+  params, step = _reopen(plan, directory).restore_params(plan.params_shape, average=2)
+  assert step == 2
+  chex.assert_trees_all_close(params, jax.tree.map(lambda p: p - 1, state.params), atol=1e-6)
+  with pytest.raises(UserError, match=r'average=3, but .* holds the checkpoints \[1, 2\]'):
+    _reopen(plan, directory).restore_params(plan.params_shape, average=3)
+  (directory / '1' / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  with pytest.raises(UserError, match='checkpoint 1 in .* cannot be read'):
+    _reopen(plan, directory).restore_params(plan.params_shape, average=2)
+
+
 def test_keeps_the_last_and_the_best(smoke, tmp_path):
   config = smoke()
   config.checkpoint.keep = 2

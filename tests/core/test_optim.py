@@ -48,13 +48,19 @@ def test_cosine_and_linear_in_the_middle():
   np.testing.assert_allclose(rate(25), 0.5 * (1 + np.cos(np.pi / 4)), rtol=1e-6)
 
 
-def test_rsqrt_is_noam():
-  """Vaswani et al. equation 3: d^-.5 min(t^-.5, t w^-1.5)."""
-  warmup, width = 40, 16
-  _, rate = make(lr=width ** -.5 * warmup ** -.5, schedule=dict(name='rsqrt', warmup='40 steps'))
-  for t in (1, 17, 40, 41, 99):
-    np.testing.assert_allclose(
-        rate(t), width ** -.5 * min(t ** -.5, t * warmup ** -1.5), rtol=1e-6)
+def test_noam_counts_from_one():
+  """Vaswani et al. equation 3: d^-.5 min(t^-.5, t w^-1.5), t the number of the step from 1."""
+  _, rate = make(steps=300_000, lr=(512 * 4000) ** -.5,
+                 schedule=dict(name='noam', warmup='4000 steps'))
+  for t, want in ((1, 1.747e-7), (1000, 1.747e-4), (4000, 6.988e-4), (10_000, 4.419e-4),
+                  (100_000, 1.398e-4)):
+    np.testing.assert_allclose(rate(t - 1), want, rtol=5e-4)
+  np.testing.assert_allclose(rate(299_999) * 2 ** -.5, 5.705e-5, rtol=3e-4)  # the big model
+
+
+def test_rsqrt_begins_at_zero():
+  _, rate = make(lr=.5, schedule=dict(name='rsqrt', warmup='40 steps'))
+  np.testing.assert_allclose([rate(t) for t in (0, 10, 40, 90)], [0, .125, .5, .5 * 2 / 3], rtol=1e-6)
 
 
 def test_step_schedule():

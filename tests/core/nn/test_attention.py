@@ -173,7 +173,7 @@ def test_the_platform_and_what_is_asked_choose_the_implementation(monkeypatch):
       ('gpu', full, None, 'xla'), ('gpu', wide, None, 'xla'), ('tpu', half, None, 'splash'),
       ('tpu', full, None, 'splash'), ('tpu', half, mask, 'xla'), ('tpu', odd, None, 'xla')]:
     monkeypatch.setattr(partition, 'platform', lambda p=platform: p)
-    assert choose(q, k, m) == want, (platform, q.shape, q.dtype)
+    assert choose(q, k, k, m) == want, (platform, q.shape, q.dtype)
 
 
 @pytest.mark.tpu

@@ -64,6 +64,27 @@ def test_multi_head_attention_with_a_cache_is_its_causal_self():
   np.testing.assert_allclose(np.concatenate([first, *rest], 1), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_memory_is_cross_attention_with_rows_side_by_side():
+  """Three rows an item read keys and values that are computed once."""
+  module = attention.MultiHeadAttention(heads=2)
+  random = np.random.default_rng(2)
+  source = jnp.asarray(random.normal(size=(2, 5, 6)), jnp.float32)
+  rows = jnp.asarray(random.normal(size=(2, 3, 8)), jnp.float32)
+  mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+  params = module.init(jax.random.key(0), rows, source)
+  want, kept = module.apply(params, rows, source, mask=mask[:, None, None],
+                            mutable=['intermediates'])
+  empty = decode.Memory(mask)
+  assert not empty.fixed
+  _, filled = module.apply(params, rows[:, :1], source, cache=empty)
+  assert filled.fixed
+  # With the memory filled nothing but the queries is projected: the source is not asked for.
+  out, after = module.apply(params, rows.reshape(6, 1, 8), cache=filled)
+  np.testing.assert_allclose(out.reshape(2, 3, 8), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(after.weights, kept['intermediates']['attention'][0], atol=1e-6)
+  np.testing.assert_array_equal(after.key, filled.key)
+
+
 LOGITS = np.array([2., 1., .5, .5, -1., -3.])
 
 

@@ -1,0 +1,409 @@
+"""Translation, by recurrent models and by the Transformer: the task behind configs/seq2seq.py and
+configs/transformer.py."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from core import task
+from core.config import UserError, choose
+from core.nn import blocks, decode, losses
+from translation import (cells, corpus, pairs, pictures, scoring, search, seq2seq, transformer,
+                         vocabulary)
+
+MODELS = ('transformer', 'recurrent')
+_METHODS = ('beam', 'sample')
+# No sentence is kept in more tokens than this; the lengths that a model takes are shorter.
+_LIMIT = 4096
+
+
+class Task(task.Task):
+  """Maximum likelihood of the target sentence given the source sentence.
+
+  Batches hold padded sentences of about one length (buckets), or rows packed with several pairs
+  (`data.packed`). The loss is a mean over the target's tokens, ends included. Metrics: 'nll', the
+  same without label smoothing, in nats a token, and in evaluation 'accuracy' of the next token.
+  """
+
+  def __init__(self, config):
+    super().__init__(config)
+    model, data, found = config.model, config.data, config.eval.search
+    choose('config.model.kind', model.kind, MODELS)
+    choose('config.data.vocab.kind', data.vocab.kind, vocabulary.KINDS)
+    choose('config.eval.search.method', found.method, _METHODS)
+    if list(data.buckets) != sorted(set(data.buckets)) or not data.buckets:
+      raise UserError(f'config.data.buckets={tuple(data.buckets)}: lengths, each longer than the '
+                      'one before')
+    if not 0 <= model.label_smoothing < 1:
+      raise UserError(f'config.model.label_smoothing={model.label_smoothing}; it must be at least '
+                      '0 and below 1')
+    if found.beams < 1 or found.extra < 1 or found.alpha < 0 or found.coverage < 0:
+      raise UserError(f'config.eval.search: beams={found.beams} and extra={found.extra} are at '
+                      f'least 1, alpha={found.alpha} and coverage={found.coverage} at least 0')
+    if model.kind == 'transformer':
+      choose('config.model.norm', model.norm, ('post', 'pre'))
+      choose('config.model.positions', model.positions, transformer.POSITIONS)
+      choose('config.model.activation', model.activation, blocks.ACTIVATIONS)
+      if not (model.head_dim and model.value_dim) and model.width % model.heads:
+        raise UserError(f'config.model.width={model.width} does not divide into '
+                        f'{model.heads} heads')
+      if model.positions != 'learned' and model.width % 2:
+        raise UserError(f'config.model.width={model.width}: sinusoidal positions need an even one')
+    else:
+      choose('config.model.cell', model.cell, cells.GATES)
+      choose('config.model.attention', model.attention, seq2seq.ATTENTIONS)
+      choose('config.model.initializer', model.initializer, cells.INITS)
+      if data.packed:
+        raise UserError('config.data.packed: a recurrent model reads one sentence a row; only the '
+                        'Transformer can be kept from seeing its neighbours')
+
+  @functools.cached_property
+  def model(self):
+    model, vocab = self.config.model, self.config.data.vocab
+    dtype = jnp.dtype(self.config.precision)
+    if model.kind == 'transformer':
+      return transformer.Transformer(
+          vocab.size, model.width, model.depth, model.heads, model.mlp_dim,
+          source_vocab=vocab.source_size, head_dim=model.head_dim or None,
+          value_dim=model.value_dim or None, norm=model.norm,
+          positions=model.positions, max_length=self.room, dropout=model.dropout,
+          attention_dropout=model.attention_dropout, hidden_dropout=model.hidden_dropout,
+          attention_bias=model.attention_bias, activation=model.activation, epsilon=model.epsilon,
+          dtype=dtype, scan=model.scan, remat=self.config.remat)
+    return seq2seq.Seq2Seq(
+        vocab.size, source_vocab=vocab.source_size, width=model.width, embed=model.embed,
+        layers=model.layers, cell=model.cell, attention=model.attention,
+        bidirectional=model.bidirectional, reverse=model.reverse,
+        input_feeding=model.input_feeding, dropout=model.dropout,
+        initializer=model.initializer, dtype=dtype)
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest sentence, its end included."""
+    return self.config.data.buckets[-1]
+
+  @property
+  def room(self) -> int:
+    """Tokens of the longest translation, its end included."""
+    return self.longest + self.config.eval.search.extra
+
+  # Vocabularies and encoded text: what `prepare` leaves.
+
+  @property
+  def sides(self) -> tuple[str, ...]:
+    """The sides that have a vocabulary of their own: the target's may serve both."""
+    return ('target', 'source') if self.config.data.vocab.source_size else ('target',)
+
+  def _vocabulary_file(self, side: str) -> pathlib.Path:
+    if self.workdir is None:
+      raise UserError('text needs the vocabulary of a run: give its --workdir')
+    return self.workdir / ('vocabulary.json' if side == 'target' else 'vocabulary.source.json')
+
+  @functools.cached_property
+  def vocabularies(self) -> dict[str, vocabulary.Vocabulary]:
+    """'source' and 'target', the same object when it is shared."""
+    found = {}
+    for side in self.sides:
+      path = self._vocabulary_file(side)
+      if not path.exists():
+        raise UserError(f'{path} is not there; make it with --mode=prepare, or name a vocabulary '
+                        'in config.data.vocab.path')
+      found[side] = self._load_vocabulary(path, side)
+    return {'source': found['target'], **found}
+
+  def _load_vocabulary(self, path: pathlib.Path, side: str) -> vocabulary.Vocabulary:
+    settings = self.config.data.vocab
+    key = 'size' if side == 'target' else 'source_size'
+    found = vocabulary.load(path)
+    if len(found) > settings[key]:
+      raise UserError(f'{path} has {len(found):,} entries, the model has config.data.vocab.{key}='
+                      f'{settings[key]:,}: it is the vocabulary of another model')
+    return found
+
+  def prepare(self):
+    """Leaves the vocabulary, and the text of every split as token ids.
+
+    The vocabulary is the one named, that of the workdir `init_from`, or learned from the training
+    pairs. Text that cannot be opened is left for whoever needs it: translating needs none.
+    """
+    for side in self.sides:
+      self._prepare_vocabulary(side)
+    splits = self.config.data.splits
+    for split in dict.fromkeys((splits.train, splits.validation, splits.test, *splits.extra)):
+      if not split:
+        continue
+      try:
+        found = pairs.open_pairs(self.config.data, split)
+      except UserError as e:
+        logging.info('not encoded: %s', e)
+        continue
+      self._encode(split, found)
+
+  def _prepare_vocabulary(self, side: str) -> None:
+    config, path = self.config, self._vocabulary_file(side)
+    named = config.data.vocab.path if side == 'target' else config.data.vocab.source_path
+    if not named and config.init_from:
+      beside = pathlib.Path(config.init_from) / path.name
+      named = beside if beside.exists() else ''
+    given = self._load_vocabulary(pathlib.Path(named), side) if named else None
+    if path.exists():
+      if given and given.fingerprint != self._load_vocabulary(path, side).fingerprint:
+        raise UserError(f'{path} is another vocabulary than {named}; use another --workdir')
+      return
+    if given is None:
+      size = config.data.vocab['size' if side == 'target' else 'source_size']
+      used = ('source', 'target') if len(self.sides) == 1 else (side,)
+      found = pairs.open_pairs(config.data, config.data.splits.train)
+      logging.info('learning a vocabulary (%s, %d entries) from %d pairs', config.data.vocab.kind,
+                   size, len(found))
+      texts = (pair[name] for pair in map(found.__getitem__, range(len(found))) for name in used)
+      given = vocabulary.train(texts, config.data.vocab.kind, size)
+    given.save(path)
+
+  def _encoded_path(self, split: str) -> pathlib.Path:
+    return self._vocabulary_file('target').parent / 'encoded' / split.translate(
+        str.maketrans('[:%]', '____'))
+
+  def _encode(self, split: str, found: pairs.Pairs) -> None:
+    """Encodes a split unless that was done; refuses another text under the same name."""
+    path, both = self._encoded_path(split), self.vocabularies
+    if not path.exists():
+      corpus.encode(found, both['source'], both['target'], path, _LIMIT)
+      return
+    about = corpus.open_encoded(path).about
+    if about != corpus.about(found, both['source'], both['target'], _LIMIT):
+      raise UserError(f'{path} was made of other text, or with another vocabulary, than {found!r}; '
+                      'use another --workdir')
+
+  # Data.
+
+  @functools.cache
+  def pairs(self, split: str) -> pairs.Pairs:
+    """The text of a split, as it was written."""
+    return pairs.open_pairs(self.config.data, self._split(split))
+
+  def _split(self, name: str) -> str:
+    return self.config.data.splits.get(name, name)
+
+  @functools.cache
+  def dataset(self, split):
+    name = self._split(split)
+    path = self._encoded_path(name)
+    if not path.exists():
+      self._encode(name, self.pairs(split))
+    encoded = corpus.open_encoded(path)
+    if split == self.train_split and self.config.data.packed:
+      found = corpus.Packed(encoded, self.longest, self.config.seed)
+    else:
+      found = corpus.Bucketed(encoded, tuple(self.config.data.buckets))
+    if len(found.left_out):
+      logging.warning('%s: %d of %d pairs have a sentence of more than %d tokens '
+                      '(config.data.buckets) and are left out', name, len(found.left_out),
+                      len(encoded), self.longest)
+    return found
+
+  def examples(self):
+    raise UserError('give the length of a run in steps: how many batches hold all sentences '
+                    'depends on their lengths')
+
+  def specs(self, batch_size, train):
+    if train and self.config.data.packed:
+      return [self.batch_spec(batch_size)]
+    # As many tokens in every bucket.
+    return [self._spec(batch_size * (self.longest // length), length,
+                       ('source', 'target')) for length in self.config.data.buckets]
+
+  def batch_spec(self, batch_size):
+    names = ['source', 'target']
+    if self.config.data.packed:
+      names += ['source_segments', 'target_segments']
+    return self._spec(batch_size, self.longest, names)
+
+  def _spec(self, rows, length, names):
+    return {**{name: jax.ShapeDtypeStruct((rows, length), np.int32) for name in names},
+            'mask': jax.ShapeDtypeStruct((rows,), np.float32)}
+
+  def transform(self, example, rng, train):
+    del rng, train
+    return {name: value for name, value in example.items() if name != 'pair'}
+
+  # What the step computes.
+
+  def init(self, rng):
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return self.model.init(rng, ids, ids)['params']
+
+  def loss(self, params, batch, rng, train):
+    target = batch['target']
+    segments = {name: value for name, value in batch.items() if name.endswith('_segments')}
+    logits = self.model.apply({'params': params}, batch['source'], target, train=train,
+                              rngs={'dropout': rng} if train else None, **segments)
+    real = (target != 0) * batch['mask'][:, None]
+    weight = real.sum()
+    total = lambda each: (each * real).sum()
+    # The authors' code gives the share to the other entries, not to all (tensor2tensor).
+    share = self.config.model.label_smoothing * logits.shape[-1] / (logits.shape[-1] - 1)
+    loss = total(losses.softmax_cross_entropy(logits, target, share)) / jnp.maximum(weight, 1)
+    metrics = {'nll': (total(losses.softmax_cross_entropy(logits, target)), weight)}
+    if not train:
+      metrics['accuracy'] = (total(logits.argmax(-1) == target), weight)
+    return loss, task.Aux(weight, metrics)
+
+  def translate(self, params, source: jax.Array, rng: jax.Array, items: jax.Array) -> search.Found:
+    """Searches, or draws, translations of sources int32 `[batch, length]`; call it under jit.
+
+    Args:
+      params: of the model.
+      source: ids, each sentence with its end; 0 is padding.
+      rng: key of the draws.
+      items: int32 `[batch]`, numbers of the sentences: a draw depends on nothing else.
+    """
+    settings = self.config.eval.search
+    model, params = self._unrolled(params)
+    call = lambda method, *args: model.apply({'params': params}, *args, method=method)
+    memory = call('encode', source)
+    beams = settings.beams if settings.method == 'beam' else 1
+    room = source.shape[1] + settings.extra
+    state = call('begin', memory, beams, room)
+    step = lambda tokens, state: call('step', tokens, state, memory)
+    shared = dict(batch=len(source), limits=(source != 0).sum(-1) + settings.extra, room=room)
+    if settings.method == 'beam':
+      return search.beam_search(step, state, beams=beams, alpha=settings.alpha,
+                                coverage=settings.coverage, source_mask=source != 0, **shared)
+    return search.sample(step, state, rng=rng, items=items, temperature=settings.temperature,
+                         top_k=settings.top_k, top_p=settings.top_p, **shared)
+
+  def _unrolled(self, params):
+    if self.config.model.kind == 'transformer':
+      return transformer.unrolled(self.model, params)
+    return self.model, params
+
+  def attention(self, params, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Attention of every token of a given translation to the source.
+
+    Returns:
+      float32 `[batch, maps, target_len, source_len]`: the Transformer's chosen layer, its mean over
+      heads first and then each chosen head; a recurrent model's only one.
+    """
+    model, params = self._unrolled(params)
+    if self.config.model.kind == 'transformer':
+      shown = self.config.eval.search
+      _, kept = model.apply({'params': params}, source, target, mutable=['intermediates'])
+      layer = range(model.depth)[shown.layer]
+      weights = kept['intermediates']['decoder'][f'{transformer.LAYERS}_{layer}'][
+          'MultiHeadDotProductAttention_1']['attention'][0]
+      heads = jnp.asarray(self.shown_heads, jnp.int32)
+      return jnp.concatenate([weights.mean(1, keepdims=True), weights[:, heads]], axis=1)
+    call = lambda method, *args: model.apply({'params': params}, *args, method=method)
+    memory = call('encode', source)
+
+    def body(state, tokens):
+      _, state, weights = call('step', tokens, state, memory)
+      return state, weights
+    fed = transformer.shift_right(target)
+    _, weights = jax.lax.scan(body, call('begin', memory, 1, target.shape[1]), fed.T)
+    return weights.swapaxes(0, 1)[:, None]
+
+  @property
+  def shown_heads(self) -> list[int]:
+    """Heads whose attention is drawn one by one."""
+    if self.config.model.kind == 'recurrent':
+      return []
+    return list(self.config.eval.search.heads or range(self.config.model.heads))
+
+  # Use.
+
+  def evaluators(self):
+    splits, found = self.config.data.splits, {}
+    if splits.validation:
+      found['validation'] = scoring.Perplexity('validation')
+    for split in ([splits.test] if splits.test else []) + list(splits.extra):
+      name = 'test' if split == splits.test else split
+      found[name] = scoring.Perplexity(name, every='end')
+      found[f'{name}_translated'] = scoring.Translated(name, every=self.config.eval.translate)
+    return found
+
+  def predict(self, params, inputs, out):
+    """Translates the lines of the text file `inputs`.
+
+    Leaves translations.txt, a line for a line, and pictures of the first alignments.
+    """
+    lines = _read_lines(inputs)
+    coded = [ids + [vocabulary.EOS] for ids in self.vocabularies['source'].encode(lines)]
+    for number, ids in enumerate(coded, 1):
+      if len(ids) > self.longest:
+        raise UserError(f'{inputs}, line {number}: {len(ids)} tokens; this model translates '
+                        f'sentences of at most {self.longest} (config.data.buckets)')
+    translate = jax.jit(self.translate, compiler_options=decode.compiler_options())
+    rng, rows = jax.random.key(self.config.seed), self.config.eval.batch_size or 16
+    records: list[dict[str, Any]] = [{'line': n, 'source': line, 'translation': '', 'score': 0.0}
+                                     for n, line in enumerate(lines, 1)]
+    tokens: dict[int, np.ndarray] = {}
+    buckets = np.searchsorted(self.config.data.buckets, [len(ids) for ids in coded])
+    for bucket in np.unique(buckets):
+      length, members = self.config.data.buckets[bucket], np.flatnonzero(buckets == bucket).tolist()
+      for start in range(0, len(members), rows):
+        part = [m for m in members[start:start + rows] if lines[m].strip()]
+        source = np.zeros((rows, length), np.int32)
+        for row, member in enumerate(part):
+          source[row, :len(coded[member])] = coded[member]
+        items = np.zeros(rows, np.int32)
+        items[:len(part)] = part
+        found = jax.device_get(translate(params, source, rng, items))
+        for row, member in enumerate(part):
+          tokens[member] = found.tokens[row, 0]
+          records[member]['score'] = float(found.scores[row, 0])
+          records[member]['translation'] = self.vocabularies['target'].decode(tokens[member])
+    (out / 'translations.txt').write_text(''.join(f'{r["translation"]}\n' for r in records),
+                                          encoding='utf-8')
+    if self.has_attention:
+      attend = jax.jit(self.attention)
+      for member in sorted(tokens)[:self.config.eval.search.pictures]:
+        records[member]['picture'] = f'line_{member + 1}.png'
+        self.draw_alignment(attend, params, coded[member], tokens[member],
+                            out / records[member]['picture'])
+    return records
+
+  @property
+  def has_attention(self) -> bool:
+    return self.config.model.kind == 'transformer' or self.config.model.attention != 'none'
+
+  def draw_alignment(self, attend, params, source: np.ndarray, target: np.ndarray,
+                     path: pathlib.Path) -> None:
+    """Draws where a translation looked.
+
+    Args:
+      attend: `attention`, compiled once for all that are drawn.
+      params: of the model.
+      source: int `[n]`, a source with its end.
+      target: int `[m]`, its translation; what follows its end is ignored.
+      path: of the picture.
+    """
+    count = int(np.argmax(target == vocabulary.EOS)) + 1 if (target == vocabulary.EOS).any() else len(target)
+    count = min(count, self.room)
+    padded = np.zeros((1, self.longest), np.int32), np.zeros((1, self.room), np.int32)
+    padded[0][0, :len(source)], padded[1][0, :count] = source, target[:count]
+    maps = np.asarray(attend(params, *padded))[0, :, :count, :len(source)]
+    titles = ['mean of heads', *(f'head {head}' for head in self.shown_heads)]
+    pictures.alignment(
+        path, self.vocabularies['source'].pieces(source),
+        self.vocabularies['target'].pieces(target[:count]), maps, titles if len(maps) > 1 else [''])
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+  if path.is_dir():
+    raise UserError(f'--input={path} is a folder; give a text file, a sentence a line')
+  lines = []
+  for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+      lines.append(line.decode('utf-8'))
+    except UnicodeDecodeError as e:
+      raise UserError(f'{path}, line {number}: not UTF-8 ({e.reason} at byte {e.start})') from e
+  if not any(line.strip() for line in lines):
+    raise UserError(f'{path} has no sentence')
+  return lines
