@@ -41,11 +41,13 @@ PARAMETERS = {'sutskever,wmt14_fr': 384_112_000, 'bahdanau,wmt14_fr': 80_441_000
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Returns the config named by `arg`: '', 'smoke', 'MODEL,DATA' or 'CLAIM,MODEL'."""
   if arg in ('', 'smoke'):
-    return transformer.numbers(_small('luong'), smoke=arg == 'smoke')
+    return transformer.numbers(_small('luong'), arg)
   first, _, second = arg.partition(',')
   if first in CLAIMS and second:
-    config = _small(choose(f'configs/seq2seq.py:{first} model', second, MODELS) and second)
-    return (transformer.numbers if first == 'numbers' else transformer.multi30k)(config)
+    choose(f'configs/seq2seq.py:{first} model', second, MODELS)
+    config = _small(second)
+    return (transformer.numbers(config, first) if first == 'numbers'
+            else transformer.multi30k(config))
   if not second or ',' in second:
     raise UserError(f'configs/seq2seq.py:{arg}: write MODEL,DATA, e.g. bahdanau,wmt14_fr; models: '
                     f'{", ".join(PUBLISHED)}; data: {", ".join(transformer.DATASETS)}; or a claim '
@@ -80,9 +82,10 @@ def _published(name: str, found: dict) -> ml_collections.ConfigDict:
   """Lengths of runs are those of the paper's data: epochs of the pairs it had, in its batches."""
   config = _base()
   model, target, source = PUBLISHED[name]
-  config.model.update(model)
+  # Batches are of sentences of one length, and gradients means over them.
+  config.model.update(dict(model, loss_per='sentences'))
   config.data.update(dict(name=found['name'], target=found['target'], workers=4,
-                          buckets=(10, 20, 30, 40, 50)))
+                          buckets=(10, 20, 30, 40, 50), batch_of='sentences'))
   config.data.vocab.update(dict(kind='word', size=target, source_size=source))
   config.optim.clip_norm = 5.0
   config.batch_size = 128

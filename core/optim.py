@@ -57,7 +57,8 @@ def _progress(t, warmup, total):
 
 
 SCHEDULES = {'cosine': _cosine, 'linear': _linear, 'rsqrt': _rsqrt, 'noam': _rsqrt,
-             'constant': _constant, 'step': None}  # 'step' takes its own arguments, see make_schedule
+             'constant': _constant,
+             'step': None}  # It takes its own arguments, see make_schedule.
 
 
 def make_schedule(schedule: ml_collections.ConfigDict, base_lr: float,

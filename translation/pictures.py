@@ -11,7 +11,8 @@ from absl import logging
 from matplotlib.figure import Figure
 
 # Fonts with Hangul that systems commonly have, then the one of the extra `translation`.
-_HANGUL = ('NanumGothic', 'Noto Sans CJK KR', 'Noto Sans KR', 'Malgun Gothic', 'Apple SD Gothic Neo')
+_HANGUL = ('NanumGothic', 'Noto Sans CJK KR', 'Noto Sans KR', 'Malgun Gothic',
+           'Apple SD Gothic Neo')
 
 
 def alignment(path: pathlib.Path, source: Sequence[str], target: Sequence[str],
@@ -63,7 +64,7 @@ def by_length(path: pathlib.Path, groups: Sequence[dict[str, Any]]) -> None:
 
 
 def fonts(text: str) -> list[str]:
-  """Font families that can write `text`: matplotlib's own, and one with Hangul where it is needed."""
+  """Font families that can write `text`: matplotlib's own, and one with Hangul if there is any."""
   return ['DejaVu Sans'] + (_hangul() if any('가' <= c <= '힣' for c in text) else [])
 
 

@@ -1,4 +1,4 @@
-"""How good translations are: perplexity, BLEU, chrF, exact matches, and all that by source length."""
+"""How good translations are: perplexity, BLEU, chrF, exact matches, and these by source length."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from absl import logging
 
 from core.config import UserError
 from core.evaluate import EvalRun, Mean
-from core.nn import decode
 from translation import pictures
 
 # Source words of the groups that quality is shown for: 1 to 5, 6 to 10, ...
@@ -23,6 +22,8 @@ class Perplexity(Mean):
 
   def __call__(self, run, params, step):
     found = super().__call__(run, params, step)
+    if not found:  # All sentences are too long.
+      return {}
     return {**found, 'perplexity': float(np.exp(min(found['nll'], 700.0)))}
 
 
@@ -47,7 +48,6 @@ class Translated:
         found = task.translate(params, batch['source'], rng, batch['index'])
         return {'tokens': found.tokens[:, 0]}
       self._translate, self._attend = translate, jax.jit(task.attention)
-      run.jit(translate, compiler_options=decode.compiler_options())
     pairs, source = task.pairs(self.split), task.dataset(self.split)
     tokens: dict[int, np.ndarray] = {}
     for rows in run.map(self._translate, params, self.split):
@@ -79,7 +79,7 @@ class Translated:
     task = run.plan.task
     pictures.by_length(run.pictures / f'{self.split}_by_length.png', groups)
     # One process of several cannot run on arrays that are spread over all of them.
-    if not task.has_attention or jax.process_count() > 1:
+    if not task.has_attention or not tokens or jax.process_count() > 1:
       return
     source = task.dataset(self.split)
     for index in np.unique(np.linspace(0, len(source) - 1, 3).astype(int)):

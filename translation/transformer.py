@@ -135,7 +135,8 @@ class Transformer(nn.Module):
     # One throw-away token makes the layers fill their memories; all but that is never computed.
     empty = [decode.Memory(source != 0) for _ in range(self.depth)]
     x = jnp.zeros((len(source), 1, self.width), self.dtype)
-    _, caches = self.decoder(x, memory=memory, caches=list(zip(self._caches(len(source), 1), empty)))
+    caches = list(zip(self._caches(len(source), 1), empty))
+    _, caches = self.decoder(x, memory=memory, caches=caches)
     return [memory.replace(weights=None) for _, memory in caches]
 
   def _caches(self, rows, room):
@@ -194,8 +195,8 @@ class Stack(nn.Module):
     def make_block(name):
       return blocks.TransformerBlock(
           self.heads, self.mlp_dim, norm=self.norm, cross=self.cross, causal=self.cross,
-          head_dim=self.head_dim, value_dim=self.value_dim, activation=self.activation, epsilon=self.epsilon,
-          dtype=self.dtype, dropout_rate=self.dropout,
+          head_dim=self.head_dim, value_dim=self.value_dim, activation=self.activation,
+          epsilon=self.epsilon, dtype=self.dtype, dropout_rate=self.dropout,
           attention_dropout_rate=self.attention_dropout, hidden_dropout=self.hidden_dropout,
           use_bias=self.attention_bias, mlp_bias_init=nn.initializers.zeros, name=name)
 

@@ -12,22 +12,22 @@ from absl import logging
 
 from core import task
 from core.config import UserError, choose
-from core.nn import blocks, decode, losses
-from translation import (cells, corpus, pairs, pictures, scoring, search, seq2seq, transformer,
-                         vocabulary)
+from core.nn import blocks, losses
+from translation import (cells, corpus, marian, pairs, pictures, scoring, search, seq2seq, texts,
+                         transformer, vocabulary)
 
 MODELS = ('transformer', 'recurrent')
 _METHODS = ('beam', 'sample')
-# No sentence is kept in more tokens than this; the lengths that a model takes are shorter.
-_LIMIT = 4096
+_UNITS = ('tokens', 'sentences')
 
 
 class Task(task.Task):
   """Maximum likelihood of the target sentence given the source sentence.
 
   Batches hold padded sentences of about one length (buckets), or rows packed with several pairs
-  (`data.packed`). The loss is a mean over the target's tokens, ends included. Metrics: 'nll', the
-  same without label smoothing, in nats a token, and in evaluation 'accuracy' of the next token.
+  (`data.packed`). The loss is a mean over the target's tokens, ends included, or over sentences of
+  the sum over theirs (`model.loss_per`). Metrics: 'nll', without label smoothing, in nats a token,
+  and in evaluation 'accuracy' of the next token.
   """
 
   def __init__(self, config):
@@ -36,7 +36,9 @@ class Task(task.Task):
     choose('config.model.kind', model.kind, MODELS)
     choose('config.data.vocab.kind', data.vocab.kind, vocabulary.KINDS)
     choose('config.eval.search.method', found.method, _METHODS)
-    if list(data.buckets) != sorted(set(data.buckets)) or not data.buckets:
+    choose('config.data.batch_of', data.batch_of, _UNITS)
+    choose('config.model.loss_per', model.loss_per, _UNITS)
+    if list(data.buckets) != sorted(set(data.buckets)) or not data.buckets or data.buckets[0] < 1:
       raise UserError(f'config.data.buckets={tuple(data.buckets)}: lengths, each longer than the '
                       'one before')
     if not 0 <= model.label_smoothing < 1:
@@ -54,6 +56,11 @@ class Task(task.Task):
                         f'{model.heads} heads')
       if model.positions != 'learned' and model.width % 2:
         raise UserError(f'config.model.width={model.width}: sinusoidal positions need an even one')
+      if not -model.depth <= found.layer < model.depth:
+        raise UserError(f'config.eval.search.layer={found.layer}: there are {model.depth} layers')
+      if not set(found.heads) <= set(range(model.heads)):
+        raise UserError(f'config.eval.search.heads={tuple(found.heads)}: there are heads 0 to '
+                        f'{model.heads - 1}')
     else:
       choose('config.model.cell', model.cell, cells.GATES)
       choose('config.model.attention', model.attention, seq2seq.ATTENTIONS)
@@ -92,100 +99,23 @@ class Task(task.Task):
     """Tokens of the longest translation, its end included."""
     return self.longest + self.config.eval.search.extra
 
-  # Vocabularies and encoded text: what `prepare` leaves.
-
-  @property
-  def sides(self) -> tuple[str, ...]:
-    """The sides that have a vocabulary of their own: the target's may serve both."""
-    return ('target', 'source') if self.config.data.vocab.source_size else ('target',)
-
-  def _vocabulary_file(self, side: str) -> pathlib.Path:
-    if self.workdir is None:
-      raise UserError('text needs the vocabulary of a run: give its --workdir')
-    return self.workdir / ('vocabulary.json' if side == 'target' else 'vocabulary.source.json')
-
   @functools.cached_property
-  def vocabularies(self) -> dict[str, vocabulary.Vocabulary]:
-    """'source' and 'target', the same object when it is shared."""
-    found = {}
-    for side in self.sides:
-      path = self._vocabulary_file(side)
-      if not path.exists():
-        raise UserError(f'{path} is not there; make it with --mode=prepare, or name a vocabulary '
-                        'in config.data.vocab.path')
-      found[side] = self._load_vocabulary(path, side)
-    return {'source': found['target'], **found}
-
-  def _load_vocabulary(self, path: pathlib.Path, side: str) -> vocabulary.Vocabulary:
-    settings = self.config.data.vocab
-    key = 'size' if side == 'target' else 'source_size'
-    found = vocabulary.load(path)
-    if len(found) > settings[key]:
-      raise UserError(f'{path} has {len(found):,} entries, the model has config.data.vocab.{key}='
-                      f'{settings[key]:,}: it is the vocabulary of another model')
-    return found
+  def texts(self) -> texts.Texts:
+    return texts.Texts(self.config, self.workdir)
 
   def prepare(self):
-    """Leaves the vocabulary, and the text of every split as token ids.
+    self.texts.prepare()
 
-    The vocabulary is the one named, that of the workdir `init_from`, or learned from the training
-    pairs. Text that cannot be opened is left for whoever needs it: translating needs none.
-    """
-    for side in self.sides:
-      self._prepare_vocabulary(side)
-    splits = self.config.data.splits
-    for split in dict.fromkeys((splits.train, splits.validation, splits.test, *splits.extra)):
-      if not split:
-        continue
-      try:
-        found = pairs.open_pairs(self.config.data, split)
-      except UserError as e:
-        logging.info('not encoded: %s', e)
-        continue
-      self._encode(split, found)
-
-  def _prepare_vocabulary(self, side: str) -> None:
-    config, path = self.config, self._vocabulary_file(side)
-    named = config.data.vocab.path if side == 'target' else config.data.vocab.source_path
-    if not named and config.init_from:
-      beside = pathlib.Path(config.init_from) / path.name
-      named = beside if beside.exists() else ''
-    given = self._load_vocabulary(pathlib.Path(named), side) if named else None
-    if path.exists():
-      if given and given.fingerprint != self._load_vocabulary(path, side).fingerprint:
-        raise UserError(f'{path} is another vocabulary than {named}; use another --workdir')
-      return
-    if given is None:
-      size = config.data.vocab['size' if side == 'target' else 'source_size']
-      used = ('source', 'target') if len(self.sides) == 1 else (side,)
-      found = pairs.open_pairs(config.data, config.data.splits.train)
-      logging.info('learning a vocabulary (%s, %d entries) from %d pairs', config.data.vocab.kind,
-                   size, len(found))
-      texts = (pair[name] for pair in map(found.__getitem__, range(len(found))) for name in used)
-      given = vocabulary.train(texts, config.data.vocab.kind, size)
-    given.save(path)
-
-  def _encoded_path(self, split: str) -> pathlib.Path:
-    return self._vocabulary_file('target').parent / 'encoded' / split.translate(
-        str.maketrans('[:%]', '____'))
-
-  def _encode(self, split: str, found: pairs.Pairs) -> None:
-    """Encodes a split unless that was done; refuses another text under the same name."""
-    path, both = self._encoded_path(split), self.vocabularies
-    if not path.exists():
-      corpus.encode(found, both['source'], both['target'], path, _LIMIT)
-      return
-    about = corpus.open_encoded(path).about
-    if about != corpus.about(found, both['source'], both['target'], _LIMIT):
-      raise UserError(f'{path} was made of other text, or with another vocabulary, than {found!r}; '
-                      'use another --workdir')
+  @property
+  def vocabularies(self) -> dict[str, vocabulary.Vocabulary]:
+    """'source' and 'target', the same object when it is shared."""
+    return self.texts.vocabularies
 
   # Data.
 
-  @functools.cache
   def pairs(self, split: str) -> pairs.Pairs:
     """The text of a split, as it was written."""
-    return pairs.open_pairs(self.config.data, self._split(split))
+    return self.texts.pairs(self._split(split))
 
   def _split(self, name: str) -> str:
     return self.config.data.splits.get(name, name)
@@ -193,10 +123,7 @@ class Task(task.Task):
   @functools.cache
   def dataset(self, split):
     name = self._split(split)
-    path = self._encoded_path(name)
-    if not path.exists():
-      self._encode(name, self.pairs(split))
-    encoded = corpus.open_encoded(path)
+    encoded = self.texts.encoded(name)
     if split == self.train_split and self.config.data.packed:
       found = corpus.Packed(encoded, self.longest, self.config.seed)
     else:
@@ -214,8 +141,8 @@ class Task(task.Task):
   def specs(self, batch_size, train):
     if train and self.config.data.packed:
       return [self.batch_spec(batch_size)]
-    # As many tokens in every bucket.
-    return [self._spec(batch_size * (self.longest // length), length,
+    equal = self.config.data.batch_of == 'tokens'
+    return [self._spec(batch_size * (self.longest // length if equal else 1), length,
                        ('source', 'target')) for length in self.config.data.buckets]
 
   def batch_spec(self, batch_size):
@@ -244,14 +171,15 @@ class Task(task.Task):
     logits = self.model.apply({'params': params}, batch['source'], target, train=train,
                               rngs={'dropout': rng} if train else None, **segments)
     real = (target != 0) * batch['mask'][:, None]
-    weight = real.sum()
     total = lambda each: (each * real).sum()
+    tokens = real.sum()
+    weight = tokens if self.config.model.loss_per == 'tokens' else batch['mask'].sum()
     # The authors' code gives the share to the other entries, not to all (tensor2tensor).
     share = self.config.model.label_smoothing * logits.shape[-1] / (logits.shape[-1] - 1)
     loss = total(losses.softmax_cross_entropy(logits, target, share)) / jnp.maximum(weight, 1)
-    metrics = {'nll': (total(losses.softmax_cross_entropy(logits, target)), weight)}
+    metrics = {'nll': (total(losses.softmax_cross_entropy(logits, target)), tokens)}
     if not train:
-      metrics['accuracy'] = (total(logits.argmax(-1) == target), weight)
+      metrics['accuracy'] = (total(logits.argmax(-1) == target), tokens)
     return loss, task.Aux(weight, metrics)
 
   def translate(self, params, source: jax.Array, rng: jax.Array, items: jax.Array) -> search.Found:
@@ -328,6 +256,15 @@ class Task(task.Task):
       found[f'{name}_translated'] = scoring.Translated(name, every=self.config.eval.translate)
     return found
 
+  def open_weights(self, path):
+    return marian.open_weights(path, self.config)
+
+  def adapt(self, weights, params_shape, transfer):
+    return marian.adapt(weights, params_shape, transfer)
+
+  def export(self, params, path):
+    return marian.write(params, path, self.config, self.vocabularies)
+
   def predict(self, params, inputs, out):
     """Translates the lines of the text file `inputs`.
 
@@ -339,16 +276,17 @@ class Task(task.Task):
       if len(ids) > self.longest:
         raise UserError(f'{inputs}, line {number}: {len(ids)} tokens; this model translates '
                         f'sentences of at most {self.longest} (config.data.buckets)')
-    translate = jax.jit(self.translate, compiler_options=decode.compiler_options())
+    translate = jax.jit(self.translate)
     rng, rows = jax.random.key(self.config.seed), self.config.eval.batch_size or 16
     records: list[dict[str, Any]] = [{'line': n, 'source': line, 'translation': '', 'score': 0.0}
                                      for n, line in enumerate(lines, 1)]
     tokens: dict[int, np.ndarray] = {}
     buckets = np.searchsorted(self.config.data.buckets, [len(ids) for ids in coded])
-    for bucket in np.unique(buckets):
+    buckets[[not line.strip() for line in lines]] = -1
+    for bucket in np.unique(buckets[buckets >= 0]):
       length, members = self.config.data.buckets[bucket], np.flatnonzero(buckets == bucket).tolist()
       for start in range(0, len(members), rows):
-        part = [m for m in members[start:start + rows] if lines[m].strip()]
+        part = members[start:start + rows]
         source = np.zeros((rows, length), np.int32)
         for row, member in enumerate(part):
           source[row, :len(coded[member])] = coded[member]
@@ -384,8 +322,9 @@ class Task(task.Task):
       target: int `[m]`, its translation; what follows its end is ignored.
       path: of the picture.
     """
-    count = int(np.argmax(target == vocabulary.EOS)) + 1 if (target == vocabulary.EOS).any() else len(target)
-    count = min(count, self.room)
+    ends = np.flatnonzero(target == vocabulary.EOS)
+    # Cut at its limit it has no end, but room after it.
+    count = ends[0] + 1 if len(ends) else np.flatnonzero(target)[-1] + 1 if target.any() else 1
     padded = np.zeros((1, self.longest), np.int32), np.zeros((1, self.room), np.int32)
     padded[0][0, :len(source)], padded[1][0, :count] = source, target[:count]
     maps = np.asarray(attend(params, *padded))[0, :, :count, :len(source)]
@@ -399,7 +338,8 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   if path.is_dir():
     raise UserError(f'--input={path} is a folder; give a text file, a sentence a line')
   lines = []
-  for number, line in enumerate(path.read_bytes().splitlines(), 1):
+  data = path.read_bytes().removeprefix(b'\xef\xbb\xbf')  # The mark that Windows programs write.
+  for number, line in enumerate(data.splitlines(), 1):
     try:
       lines.append(line.decode('utf-8'))
     except UnicodeDecodeError as e:

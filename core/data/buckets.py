@@ -1,4 +1,4 @@
-"""Batches of a few shapes: which shape a step has, and which examples, as a function of the step."""
+"""Batches of a few shapes: which one a step has, with which examples, is a function of the step."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Schedule:
-  """Says for every step which bucket its batch comes from, and which of that bucket's batches it is.
+  """Says for every step which bucket its batch comes from, and which of the bucket's batches it is.
 
   A round is as many steps as it takes to see every bucket once: a bucket of n examples and r rows a
   batch has round(n / r) of them, at least one. Within a round the buckets come in an order drawn

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     # Image GPT section 2: x * sigmoid(1.702 x), from OpenAI's code.
     'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
     'relu': jax.nn.relu,
+    'swish': jax.nn.swish,
 }
 
 _REMAT_POLICIES = {

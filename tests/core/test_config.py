@@ -53,3 +53,11 @@ def test_validate(key, value, match):
   config[key] = value
   with pytest.raises(UserError, match=match):
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize('text', ['2 epochs', '1000 examples'])
+def test_batches_that_differ_in_size_leave_only_steps(text):
+  with pytest.raises(UserError, match='config.steps=.*give steps'):
+    duration(text, batch_size=None, examples=100, what='config.steps')
+  assert duration('7 steps', batch_size=None) == 7
+  assert duration('50%', batch_size=None, total=8) == 4

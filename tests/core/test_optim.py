@@ -60,7 +60,7 @@ def test_noam_counts_from_one():
 
 def test_rsqrt_begins_at_zero():
   _, rate = make(lr=.5, schedule=dict(name='rsqrt', warmup='40 steps'))
-  np.testing.assert_allclose([rate(t) for t in (0, 10, 40, 90)], [0, .125, .5, .5 * 2 / 3], rtol=1e-6)
+  np.testing.assert_allclose([rate(t) for t in (0, 10, 40, 90)], [0, .125, .5, 1 / 3], rtol=1e-6)
 
 
 def test_step_schedule():

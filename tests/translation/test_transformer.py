@@ -24,7 +24,8 @@ def make(**changes):
 def count(**settings):
   model = transformer.Transformer(**settings)
   ids = jnp.zeros((1, 2), jnp.int32)
-  return sum(p.size for p in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), ids, ids)))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
+  return sum(p.size for p in jax.tree.leaves(shapes))
 
 
 BASE = dict(vocab=37_000, width=512, depth=6, heads=8, mlp_dim=2048)
