@@ -160,7 +160,8 @@ def numbers(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Confi
     config.data.vocab.size = 120
     config.eval.search.update(dict(beams=2, extra=4))
     config.model.update(dict(width=16, depth=2, heads=2, mlp_dim=32)
-                        if config.model.kind == 'transformer' else dict(width=16, embed=16))
+                        if config.model.kind == 'transformer' else
+                        dict(width=64, embed=64, dropout=.0, label_smoothing=.0))
   return config
 
 
@@ -178,7 +179,7 @@ def multi30k(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.data.vocab.size = 6_000
   config.data.splits.update(dict(validation='val', test='test2016'))
   config.batch_size = 32
-  config.steps = '3000 steps'
-  config.eval.every = config.checkpoint.every = '250 steps'
-  config.checkpoint.update(dict(keep=5, average=5, best='-validation/nll'))
+  config.steps = '4000 steps'
+  config.eval.every = '500 steps'
+  config.checkpoint.update(dict(every='200 steps', keep=5, average=5, best='-validation/nll'))
   return config

@@ -96,6 +96,17 @@ def test_the_first_process_prepares_what_both_read(tmp_path):
   assert (two / 'pictures' / 'completions.png').exists()
 
 
+def test_two_processes_train_on_the_same_buckets(tmp_path):
+  """One vocabulary, batches of several shapes, translations gathered from both."""
+  args = ('--config=configs/transformer.py:smoke',)
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  finish(launch((*args, f'--workdir={one}'), 1, devices=2))
+  finish(launch((*args, f'--workdir={two}'), 2))
+  for name in ('vocabulary.json', 'translations/test.txt'):
+    assert (one / name).read_text() == (two / name).read_text()
+  assert_same(one, two, 4)
+
+
 def _wait_for(path, step, started):
   end = time.monotonic() + 120
   while time.monotonic() < end and all(p.poll() is None for p in started):

@@ -66,7 +66,7 @@ class Texts:
     try:
       self.pairs(splits.train)
     except UserError as e:
-      logging.info('not encoded: %s', e)
+      logging.warning('no text is encoded: %s', e)
       return
     for split in dict.fromkeys((splits.train, splits.validation, splits.test, *splits.extra)):
       if split:

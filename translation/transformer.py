@@ -8,6 +8,7 @@ sublayer adds and nowhere else, and a zero vector where the decoder begins.
 from collections.abc import Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +18,19 @@ from core.nn import blocks, decode, positions
 
 LAYERS = 'layers'
 POSITIONS = (*positions.SINUSOIDS, 'learned')
+
+
+@flax.struct.dataclass
+class Sources:
+  """What generation reads of a model and its sources.
+
+  Attributes:
+    layers: keys and values, a decoder layer each.
+    output: the matrix of the logits as `[width, vocab]`, or None for the embedding itself. XLA's
+      products of a few rows on a CPU are several times as slow with the rows of the embedding.
+  """
+  layers: list[decode.Memory]
+  output: jax.Array | None
 
 
 class Transformer(nn.Module):
@@ -129,7 +143,7 @@ class Transformer(nn.Module):
 
   # Generation; the layers must be unrolled (`unrolled`).
 
-  def encode(self, source: jax.Array) -> list[decode.Memory]:
+  def encode(self, source: jax.Array) -> Sources:
     """What the decoder reads of sources `[batch, source_len]`: keys and values, a layer each."""
     memory = self._encode(source, None, False)
     # One throw-away token makes the layers fill their memories; all but that is never computed.
@@ -137,19 +151,23 @@ class Transformer(nn.Module):
     x = jnp.zeros((len(source), 1, self.width), self.dtype)
     caches = list(zip(self._caches(len(source), 1), empty))
     _, caches = self.decoder(x, memory=memory, caches=caches)
-    return [memory.replace(weights=None) for _, memory in caches]
+    output = None
+    if partition.platform() == 'cpu':
+      # Behind a barrier it is turned once and not at every step.
+      output = jax.lax.optimization_barrier(self.table.astype(self.dtype).T)
+    return Sources([memory.replace(weights=None) for _, memory in caches], output)
 
   def _caches(self, rows, room):
     size = self.width // self.heads
     return [decode.Cache.empty(rows, self.heads, room, self.head_dim or size, self.dtype,
                                self.value_dim or size) for _ in range(self.depth)]
 
-  def begin(self, memory: list[decode.Memory], beams: int, room: int) -> list[decode.Cache]:
+  def begin(self, memory: Sources, beams: int, room: int) -> list[decode.Cache]:
     """Empty caches for `beams` rows an item, each for `room` tokens."""
-    return self._caches(len(memory[0].mask) * beams, room)
+    return self._caches(len(memory.layers[0].mask) * beams, room)
 
   def step(self, tokens: jax.Array, state: Sequence[decode.Cache],
-           memory: Sequence[decode.Memory]) -> tuple[jax.Array, list[decode.Cache], jax.Array]:
+           memory: Sources) -> tuple[jax.Array, list[decode.Cache], jax.Array]:
     """One more token of every row.
 
     Args:
@@ -162,9 +180,11 @@ class Transformer(nn.Module):
       source, the last layer's mean over heads, float32 `[rows, source_len]`.
     """
     x = self._embed(tokens[:, None], 1, state[0].position[None], False)
-    x, caches = self.decoder(x, caches=list(zip(state, memory)))
+    x, caches = self.decoder(x, caches=list(zip(state, memory.layers)))
     weights = caches[-1][1].weights.mean(axis=1)
-    return (self._logits(x)[:, 0], [own for own, _ in caches],
+    logits = (self._logits(x)[:, 0] if memory.output is None else jnp.dot(
+        x[:, 0], memory.output, preferred_element_type=jnp.float32))
+    return (logits, [own for own, _ in caches],
             weights.reshape(len(tokens), weights.shape[-1]))
 
 

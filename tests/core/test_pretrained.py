@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import common
 from core import checkpoint, config as config_lib, pretrained, step, task, weights
 from core.config import UserError
 from core.weights import Notes, Weight
@@ -33,9 +34,9 @@ def plan_of(params, adapt=None):
     spec = PartitionSpec(*(None,) * (x.ndim - 1), 'fsdp') if split else PartitionSpec()
     return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=NamedSharding(mesh, spec))
   shapes = jax.tree.map(shape, params)
-  return types.SimpleNamespace(params_shape=shapes, task=types.SimpleNamespace(
-      open_weights=weights.open_npz,
-      adapt=adapt or functools.partial(task.Task.adapt, None)))
+  reader = types.SimpleNamespace(open_weights=weights.open_npz,
+                                 adapt=adapt or functools.partial(task.Task.adapt, None))
+  return types.SimpleNamespace(config=common.base(), params_shape=shapes, task=reader)
 
 
 def tree(seed, head=8):

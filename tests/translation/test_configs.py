@@ -161,7 +161,7 @@ def test_claims_are_of_laptop_size():
   captions = transformer.get_config('multi30k')
   assert (captions.data.splits.validation, captions.data.splits.test) == ('val', 'test2016')
   for config in (numbers, captions):
-    assert task_lib.load(config).model.width <= 128 and int(config.steps.split()[0]) <= 3000
+    assert task_lib.load(config).model.width <= 128 and int(config.steps.split()[0]) <= 4000
 
 
 # --- Recurrent models -----------------------------------------------------------------------------

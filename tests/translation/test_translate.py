@@ -191,7 +191,7 @@ def test_each_side_may_have_a_vocabulary_of_its_own(data, tmp_path):
   recurrent = task_of(data, tmp_path, recurrent=True, data__vocab__source_size=16,
                       data__vocab__size=13)
   params = nn.unbox(jax.eval_shape(recurrent.init, jax.random.key(0)))
-  assert params['source_embedding'].shape == (16, 16) and params['output'].shape == (16, 13)
+  assert params['source_embedding'].shape == (16, 64) and params['output'].shape == (64, 13)
 
 
 def test_what_is_missing_is_said(data, tmp_path):
@@ -206,7 +206,7 @@ def test_what_is_missing_is_said(data, tmp_path):
 def test_text_that_is_not_there_does_not_stop_who_translates(workdir, caplog):
   with caplog.at_level('INFO'):
     task_of('/nowhere', workdir).prepare()
-  assert caplog.text.count('not encoded') == 1
+  assert caplog.text.count('no text is encoded') == 1
 
 
 def test_a_split_that_is_not_there_is_said_before_training(data, workdir, tmp_path):

@@ -30,6 +30,7 @@ ACTIVATIONS = {
     'gelu_erf': lambda x: x * scipy.special.ndtr(x),
     'quick_gelu': lambda x: x * scipy.special.expit(1.702 * x),
     'relu': lambda x: np.maximum(x, 0),
+    'swish': lambda x: x * scipy.special.expit(x),
 }
 
 
