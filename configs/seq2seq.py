@@ -11,10 +11,10 @@ configs/seq2seq.py:CLAIM,MODEL             a claim at laptop size, see CLAIMS an
 
 import ml_collections
 
-from configs import common, transformer
+from configs import transformer
 from core.config import UserError, choose
 
-# The story in steps: each differs from the one before in one thing that the papers argued for.
+# The story in steps: cells, then reversed sources, then attention as its authors had it.
 MODELS = {
     'rnn': dict(cell='rnn'), 'lstm': dict(cell='lstm'), 'gru': dict(cell='gru'),
     'reversed': dict(cell='lstm', reverse=True),

@@ -42,7 +42,7 @@ PARAMETERS = {
     'd256,wmt14_de': 26_816_512, 'd1024,wmt14_de': 163_815_424, 'ff1024,wmt14_de': 50_450_432,
     'ff4096,wmt14_de': 88_236_032}
 
-# Each is a run of minutes on two CPU cores; configs/seq2seq.py has the same for recurrent models.
+# On two CPU cores minutes, and an hour for Multi30k; configs/seq2seq.py has the recurrent models.
 CLAIMS = {
     'numbers': 'the embedded number words at the size of the recurrent models',
     'multi30k': 'Multi30k, English to German: --config.data.name=tsv:.../en-de.{split}.tsv'}

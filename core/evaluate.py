@@ -70,6 +70,11 @@ class EvalRun:
       self._compiled[fn] = self.plan.jit(fn, out_shardings=self.plan.layout.replicated, **kwargs)
     return self._compiled[fn]
 
+  def loss_sums(self, params, batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The task's metrics and loss on a batch as (sum, weight); one program for all splits."""
+    loss, aux = self.plan.task.loss(params, batch, jax.random.key(0), False)
+    return dict(aux.metrics, loss=(loss * aux.weight, aux.weight))
+
   def map(self, fn: Callable, params, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Runs `fn(params, batch) -> {name: [batch, ...]}` and yields its rows without the padding.
 
@@ -93,12 +98,9 @@ class Mean:
 
   def __init__(self, split: str, every: str = ''):
     self.split, self.every = split, every
-    self._sums = None
 
   def __call__(self, run: EvalRun, params, step: int) -> dict[str, float]:
-    if self._sums is None:
-      self._sums = lambda params, batch: _loss_sums(run.plan.task, params, batch)
-    step_fn = run.jit(self._sums)
+    step_fn = run.jit(run.loss_sums)
     totals: dict[str, list[float]] = {}
     # One step behind, so that the host adds while the device computes.
     previous = None
@@ -108,11 +110,6 @@ class Mean:
       previous = current
     _add(totals, previous)
     return metrics_lib.mean(totals)
-
-
-def _loss_sums(task, params, batch):
-  loss, aux = task.loss(params, batch, jax.random.key(0), False)
-  return dict(aux.metrics, loss=(loss * aux.weight, aux.weight))
 
 
 def _add(totals, metrics) -> None:

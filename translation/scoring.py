@@ -37,20 +37,12 @@ class Translated:
 
   def __init__(self, split: str, every: str):
     self.split, self.every = split, every
-    self._translate = self._attend = None
 
   def __call__(self, run: EvalRun, params, step: int) -> dict[str, float]:
     task = run.plan.task
-    if self._translate is None:
-      rng = jax.random.key(run.plan.config.seed)
-
-      def translate(params, batch):
-        found = task.translate(params, batch['source'], rng, batch['index'])
-        return {'tokens': found.tokens[:, 0]}
-      self._translate, self._attend = translate, jax.jit(task.attention)
     pairs, source = task.pairs(self.split), task.dataset(self.split)
     tokens: dict[int, np.ndarray] = {}
-    for rows in run.map(self._translate, params, self.split):
+    for rows in run.map(task.translate_batch, params, self.split):
       for index, found in zip(rows['index'], rows['tokens']):
         tokens[int(source[int(index)]['pair'])] = found
     sources = [pairs[i]['source'] for i in range(len(pairs))]
@@ -85,7 +77,7 @@ class Translated:
     for index in np.unique(np.linspace(0, len(source) - 1, 3).astype(int)):
       example = source[int(index)]
       task.draw_alignment(
-          self._attend, params, example['source'][example['source'] != 0],
+          params, example['source'][example['source'] != 0],
           tokens[int(example['pair'])], run.pictures / f'{self.split}_alignment_{index}.png')
 
 

@@ -76,8 +76,11 @@ class Texts:
     config, path = self._config, self._vocabulary_file(side)
     named = config.data.vocab.path if side == 'target' else config.data.vocab.source_path
     if not named and config.init_from:
-      beside = pathlib.Path(config.init_from) / path.name
-      named = beside if beside.exists() else ''
+      start = pathlib.Path(config.init_from)
+      named = (start if start.is_dir() else start.parent) / path.name
+      if not named.exists():
+        raise UserError(f'config.init_from={config.init_from!r} comes without its vocabulary '
+                        f'{path.name}; name it in config.data.vocab.path')
     given = self._load_vocabulary(pathlib.Path(named), side) if named else None
     if path.exists():
       if given and given.fingerprint != self._load_vocabulary(path, side).fingerprint:
@@ -92,6 +95,11 @@ class Texts:
       texts = (pair[name] for pair in map(found.__getitem__, range(len(found))) for name in used)
       given = vocabulary.train(texts, config.data.vocab.kind, size)
     given.save(path)
+
+  def save_vocabularies(self, folder: pathlib.Path) -> None:
+    """Writes them under the names that `init_from` looks for."""
+    for side in self._sides:
+      self.vocabularies[side].save(folder / self._vocabulary_file(side).name)
 
   def _encoded_path(self, split: str) -> pathlib.Path:
     return self._vocabulary_file('target').parent / 'encoded' / split.translate(

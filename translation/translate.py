@@ -206,6 +206,11 @@ class Task(task.Task):
     return search.sample(step, state, rng=rng, items=items, temperature=settings.temperature,
                          top_k=settings.top_k, top_p=settings.top_p, **shared)
 
+  def translate_batch(self, params, batch) -> dict[str, jax.Array]:
+    """The best translations 'tokens' int32 `[batch, room]` of a batch with its `index`."""
+    rng = jax.random.key(self.config.seed)
+    return {'tokens': self.translate(params, batch['source'], rng, batch['index']).tokens[:, 0]}
+
   def _unrolled(self, params):
     if self.config.model.kind == 'transformer':
       return transformer.unrolled(self.model, params)
@@ -263,7 +268,9 @@ class Task(task.Task):
     return marian.adapt(weights, params_shape, transfer)
 
   def export(self, params, path):
-    return marian.write(params, path, self.config, self.vocabularies)
+    folder = marian.write(params, path, self.config, self.vocabularies)
+    self.texts.save_vocabularies(folder)
+    return folder
 
   def predict(self, params, inputs, out):
     """Translates the lines of the text file `inputs`.
@@ -300,10 +307,9 @@ class Task(task.Task):
     (out / 'translations.txt').write_text(''.join(f'{r["translation"]}\n' for r in records),
                                           encoding='utf-8')
     if self.has_attention:
-      attend = jax.jit(self.attention)
       for member in sorted(tokens)[:self.config.eval.search.pictures]:
         records[member]['picture'] = f'line_{member + 1}.png'
-        self.draw_alignment(attend, params, coded[member], tokens[member],
+        self.draw_alignment(params, coded[member], tokens[member],
                             out / records[member]['picture'])
     return records
 
@@ -311,12 +317,15 @@ class Task(task.Task):
   def has_attention(self) -> bool:
     return self.config.model.kind == 'transformer' or self.config.model.attention != 'none'
 
-  def draw_alignment(self, attend, params, source: np.ndarray, target: np.ndarray,
+  @functools.cached_property
+  def _attend(self):
+    return jax.jit(self.attention)  # One program for all that are drawn.
+
+  def draw_alignment(self, params, source: np.ndarray, target: np.ndarray,
                      path: pathlib.Path) -> None:
     """Draws where a translation looked.
 
     Args:
-      attend: `attention`, compiled once for all that are drawn.
       params: of the model.
       source: int `[n]`, a source with its end.
       target: int `[m]`, its translation; what follows its end is ignored.
@@ -327,7 +336,7 @@ class Task(task.Task):
     count = ends[0] + 1 if len(ends) else np.flatnonzero(target)[-1] + 1 if target.any() else 1
     padded = np.zeros((1, self.longest), np.int32), np.zeros((1, self.room), np.int32)
     padded[0][0, :len(source)], padded[1][0, :count] = source, target[:count]
-    maps = np.asarray(attend(params, *padded))[0, :, :count, :len(source)]
+    maps = np.asarray(self._attend(params, *padded))[0, :, :count, :len(source)]
     titles = ['mean of heads', *(f'head {head}' for head in self.shown_heads)]
     pictures.alignment(
         path, self.vocabularies['source'].pieces(source),

@@ -161,10 +161,15 @@ def test_the_vocabulary_comes_with_the_weights_or_by_name(data, workdir, tmp_pat
     run.mkdir()
     task_of(other, run, data__vocab__kind='bpe', data__vocab__size=30, **change).prepare()
     assert (run / 'vocabulary.json').read_bytes() == want
-  # Weights of other people bring none, and it is learned.
-  (tmp_path / 'foreign').mkdir(), (tmp_path / 'run').mkdir()
-  task_of(data, tmp_path / 'run', init_from=str(tmp_path / 'foreign')).prepare()
-  assert (tmp_path / 'run' / 'vocabulary.json').read_bytes() == want
+  # What we export brings it; weights of other people bring none, and no other will do.
+  foreign, run = tmp_path / 'foreign', tmp_path / 'run'
+  foreign.mkdir(), run.mkdir()
+  with pytest.raises(UserError, match='without its vocabulary.*config.data.vocab.path'):
+    task_of(data, run, init_from=str(foreign)).prepare()
+  assert not list(run.iterdir())
+  task_of(data, workdir).texts.save_vocabularies(foreign)
+  task_of(data, run, init_from=str(foreign / 'model.safetensors')).prepare()
+  assert (run / 'vocabulary.json').read_bytes() == want
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(data, workdir, tmp_path):
@@ -597,7 +602,8 @@ def test_maps_have_titles_where_there_are_several(data, workdir, tmp_path, monke
                         (dict(recurrent=True), [''])):
     task = task_of(data, workdir, **changes)
     ids, maps = np.asarray([3, vocabulary.EOS]), np.ones((1, len(want), task.room, 8)) / 8
-    task.draw_alignment(lambda *args: maps, None, ids, ids, tmp_path / 'x.png')
+    task._attend = lambda *args: maps
+    task.draw_alignment(None, ids, ids, tmp_path / 'x.png')
     path, source, target, weights, titles = drawn.pop()
     assert titles == want and weights.shape == (len(want), 2, 2) and path == tmp_path / 'x.png'
     assert source == target and source[1] == '</s>'
@@ -609,10 +615,10 @@ def test_what_ends_without_an_end_is_drawn_to_its_last_token(data, workdir, tmp_
   monkeypatch.setattr(translate.pictures, 'alignment', lambda path, source, target, *_: (
       drawn.update({path.name: (list(source), list(target))})))
   task = task_of(data, workdir)
-  known, attend = task.vocabularies['source'], lambda params, s, t: np.ones((1, 1, 12, 8)) / 8
+  known, task._attend = task.vocabularies['source'], lambda *args: np.ones((1, 1, 12, 8)) / 8
   ids = known.encode(['one two', 'eins'])
   for name, target in (('ended', [*ids[1], vocabulary.EOS, 5, 5]), ('cut', [*ids[1] * 3, 0, 0])):
-    task.draw_alignment(attend, None, np.asarray([*ids[0], vocabulary.EOS]), np.asarray(target),
+    task.draw_alignment(None, np.asarray([*ids[0], vocabulary.EOS]), np.asarray(target),
                         tmp_path / name)
   assert drawn['ended'] == (['▁one', '▁two', '</s>'], ['▁eins', '</s>'])
   assert drawn['cut'][1] == ['▁eins'] * 3
