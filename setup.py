@@ -14,8 +14,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     # configs, tests, benchmarks and main are used from a checkout, not installed.
-    packages=find_packages(include=['core', 'core.*', 'generative', 'translation', 'vit_family',
-                                    'vit_family.*']),
+    packages=find_packages(include=['core', 'core.*', 'detection', 'generative', 'translation',
+                                    'vit_family', 'vit_family.*']),
     install_requires=[
         'absl-py>=2.1,<3',
         'array-record>=0.8,<0.9',
@@ -41,11 +41,14 @@ setup(
         # koreanize-matplotlib carries NanumGothic, a font with Hangul, for pictures.
         'translation': ['koreanize-matplotlib>=0.1.1,<0.2', 'sacrebleu>=2.5,<3',
                         'tokenizers>=0.21,<0.24'],
+        'detection': ['pycocotools>=2.0.11,<3'],
         # num2words checks our number words; the rest is what tested extras need.
         'test': ['chex>=0.1.91,<0.2', 'pillow>=11,<14', 'pytest>=8.3,<10', 'pytest-xdist>=3.6,<4',
-                 'num2words>=0.5.14,<0.6', 'sacrebleu>=2.5,<3', 'tokenizers>=0.21,<0.24'],
+                 'num2words>=0.5.14,<0.6', 'pycocotools>=2.0.11,<3', 'sacrebleu>=2.5,<3',
+                 'tokenizers>=0.21,<0.24'],
         # On a TPU, and to compile for one elsewhere. Older ones describe some slices otherwise.
         'tpu': ['libtpu>=0.0.51,<0.1'],
+        'torch': ['torch>=2.6,<3'],    # reads .pth files
         'gcs': ['etils[epath-gcs]>=1.12,<2'],  # config.init_from=gs://...
         'cuda': ['jax[cuda13]>=0.10.2,<0.11'],
         # For some tfds sets; never imported in training.

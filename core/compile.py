@@ -62,7 +62,7 @@ def analyse(plan: Plan, topology: topologies.Topology) -> dict:
       'mesh': dict(plan.layout.mesh.shape),
       'rules': plan.config.rules,
       'batch_size': plan.config.batch_size,
-      'params': sum(p.size for p in jax.tree.leaves(plan.params_shape)),
+      'params': plan.parameter_count,
       'flops_per_step': flops.count_jaxpr(traced.jaxpr),
   }
   peak = topology.generation.flops * topology.chips

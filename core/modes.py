@@ -82,7 +82,10 @@ def inspect(config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> 
   width = max(len(partition.path_name(path)) for path, _ in leaves)
   for path, p in leaves:
     print(f'{partition.path_name(path):<{width}}  {str(tuple(p.shape)):<22} {p.size:>14,}')
-  print(f'{"parameters":<{width}}  {"":<22} {sum(p.size for _, p in leaves):>14,}\n')
+  print(f'{"parameters":<{width}}  {"":<22} {plan.parameter_count:>14,}')
+  if constants := sum(p.size for _, p in leaves) - plan.parameter_count:
+    print(f'{"constants, not counted":<{width}}  {"":<22} {constants:>14,}')
+  print()
 
   state_bytes = sum(math.prod(s.shape) * s.dtype.itemsize
                     for s in jax.tree.leaves(plan.state_shape))

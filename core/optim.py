@@ -116,7 +116,8 @@ def _check_regex(key: str, pattern: str, params) -> None:
 
 
 def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batch_size: int | None,
-                   examples: int | None) -> tuple[optax.GradientTransformation, optax.Schedule]:
+                   examples: int | None,
+                   frozen: str = '') -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Builds the optimizer of a config.
 
   Args:
@@ -128,6 +129,7 @@ def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batc
     steps: steps of the run.
     batch_size: examples a step, None where they vary.
     examples: examples an epoch, when known.
+    frozen: like `optim.freeze`, what the task keeps as it is.
 
   Returns:
     The transformation and its schedule (for logging).
@@ -161,10 +163,11 @@ def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batc
   tx = optax.chain(*parts)
   if optim.freeze:
     _check_regex('config.optim.freeze', optim.freeze, params)
-    frozen = match(optim.freeze, params)
-    if all(jax.tree.leaves(frozen)):
+  if optim.freeze or frozen:
+    kept = match('|'.join(f'(?:{p})' for p in (optim.freeze, frozen) if p), params)
+    if all(jax.tree.leaves(kept)):
       raise UserError(f'config.optim.freeze={optim.freeze!r} freezes every parameter')
-    labels = jax.tree.map(lambda f: 'frozen' if f else 'trained', frozen)
+    labels = jax.tree.map(lambda f: 'frozen' if f else 'trained', kept)
     tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
   return tx, schedule
 

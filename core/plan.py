@@ -58,6 +58,11 @@ class Plan:
   def params_shape(self):
     return self.state_shape.params
 
+  @property
+  def parameter_count(self) -> int:
+    """Parameters as papers count them: without the task's constants."""
+    return task_lib.parameter_count(self.task, self.params_shape)
+
   def prepare(self) -> None:
     """Lets the first process build what the task needs once, while the others wait for it."""
     if jax.process_index() == 0:
@@ -120,7 +125,7 @@ def make_plan(config: ml_collections.ConfigDict,
   boxed = jax.eval_shape(init_params, jax.random.key(0))
   params = nn.unbox(boxed)
   optimizer, schedule = optim.make_optimizer(
-      config.optim, params, steps=steps, batch_size=rows, examples=examples)
+      config.optim, params, steps=steps, batch_size=rows, examples=examples, frozen=task.frozen)
   params_sharding = partition.param_shardings(boxed, layout)
 
   def init(rng):

@@ -6,6 +6,7 @@ A paper is a module with a class `Task`, chosen by its import path: `config.task
 
 import importlib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from core import partition
 from core import weights as weights_lib
 from core.config import UserError
 from core.data.pipeline import Source
@@ -56,9 +58,14 @@ class Task:
     config: the whole config.
     model: the linen module.
     workdir: of the run, where what `prepare` left is found; None when there is none.
+    frozen: regular expression of parameters that no training changes, whatever `optim.freeze` says.
+    constants: of those that only stand for what papers do not count as parameters, such as the
+      statistics of a frozen batch norm.
   """
   model: nn.Module
   workdir: pathlib.Path | None = None
+  frozen: str = ''
+  constants: str = ''
 
   def __init__(self, config: ml_collections.ConfigDict):
     self.config = config
@@ -152,6 +159,12 @@ class Task:
   def export(self, params, path: pathlib.Path) -> pathlib.Path:
     """Writes the parameters in the ecosystem's own format; returns the file written."""
     raise UserError(f'{self.config.task} has no export format')
+
+
+def parameter_count(task: Task, params) -> int:
+  """Parameters as papers count them: without the task's constants."""
+  return sum(p.size for path, p in jax.tree_util.tree_leaves_with_path(params)
+             if not (task.constants and re.search(task.constants, partition.path_name(path))))
 
 
 def load(config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None) -> Task:

@@ -147,8 +147,7 @@ class _Loop:
     plan = self.plan
     say = self.progress.say
     say(partition.report(plan.params_shape, plan.state_sharding.params, largest=3))
-    count = sum(p.size for p in jax.tree.leaves(plan.params_shape))
-    say(f'{plan.config.task}: {count:,} parameters, {plan.layout.mesh.size} '
+    say(f'{plan.config.task}: {plan.parameter_count:,} parameters, {plan.layout.mesh.size} '
         f'{plan.layout.platform} device(s), {jax.process_count()} process(es), batch '
         f'{plan.config.batch_size}, {plan.steps} steps'
         + (f', resumed at step {start}' if start else ''))

@@ -1,6 +1,7 @@
 """Weights that are still on disk: names and shapes first, values when they are asked for.
 
-Foreign files come as numpy archives (`.npz`) or `.safetensors`, from a local path or a URL.
+Foreign files come as numpy archives (`.npz`), `.safetensors` or torch's `.pth`, from a local path
+or a URL.
 """
 
 import contextlib
@@ -169,6 +170,50 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Weight]:
               for name in file.keys()}
   except (OSError, safetensors.SafetensorError) as e:
     raise UserError(f'{path}: not a .safetensors file ({e}), or cut short') from e
+
+
+def open_torch(path: pathlib.Path, inside: Iterable[str] = ()) -> dict[str, Weight]:
+  """The tensors of a state dict that `torch.save` wrote (`.pth`); nothing but tensors is unpickled.
+
+  Values stay in the file until they are read, but for files in the format from before torch 1.6,
+  which cannot be mapped into memory.
+
+  Args:
+    path: the file.
+    inside: keys under which the state dict may lie, the first that is there; else it is the whole.
+
+  Raises:
+    UserError: torch is missing, the file is damaged, or it holds other things than tensors, which
+      torch refuses to unpickle.
+  """
+  try:
+    import torch  # an extra: only some checkpoints come this way
+  except ImportError as e:
+    raise UserError(f"{path}: reading it needs torch: `pip install -e '.[torch]'`") from e
+
+  try:
+    found = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+  except Exception as e:  # pylint: disable=broad-except
+    # Whatever a damaged file makes the reader say, there is one way on.
+    lines = str(e).splitlines() or [type(e).__name__]
+    reason = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
+    # The sentences that follow say how to unpickle it all the same.
+    reason = reason.split('. ')[0][:200]
+    raise UserError(f'{path}: not a file of tensors alone ({reason}), and nothing else is '
+                    'unpickled; it is damaged, or its state dict must be saved by itself') from e
+  if isinstance(found, Mapping):
+    found = next((found[key] for key in inside if isinstance(found.get(key), Mapping)), found)
+  wrong = ([name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+           if isinstance(found, Mapping) else [type(found).__name__])
+  if wrong:
+    raise UserError(f'{path}: not a state dict; {wrong[0]} is no tensor')
+
+  def read(tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    # numpy has no bfloat16.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+  return {name: Weight(tuple(value.shape), lambda value=value: read(value))
+          for name, value in found.items()}
 
 
 def local_copy(path: str) -> pathlib.Path:

@@ -120,7 +120,7 @@ def test_published_parameter_counts(paper):
   for arg, expected in module.PARAMETERS.items():
     task = task_lib.load(module.get_config(arg))
     shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    count = sum(p.size for p in jax.tree.leaves(shapes))
+    count = task_lib.parameter_count(task, shapes)
     assert count == expected, f'{arg}: {count:,} parameters, published {expected:,}'
 
 

@@ -23,6 +23,7 @@ from core.data.folders import FolderSource
 # first use, into the same directory as everything of tfds.
 _EMBEDDED = {
     'digits': ('core.data.datasets.digits', 'Digits'),
+    'digit_scenes': ('core.data.datasets.scenes', 'DigitScenes'),
     'numbers_en_de': ('core.data.datasets.numbers', 'NumbersEnDe'),
     'numbers_en_ko': ('core.data.datasets.numbers', 'NumbersEnKo'),
 }
@@ -33,9 +34,10 @@ def open_source(name: str, split: str, *, data_dir: str | None = None,
   """Opens one split of a data set.
 
   Args:
-    name: `digits` (embedded, prepared on first use), `tfds:NAME[/CONFIG][:VERSION]` or the same
-      without `tfds:` (prepared by `tfds build` in ArrayRecord format; the newest version unless
-      one is given), or `folder:PATH` (see `FolderSource`).
+    name: `digits`, `digit_scenes` or another embedded one (prepared on first use),
+      `tfds:NAME[/CONFIG][:VERSION]` or the same without `tfds:` (prepared by `tfds build` in
+      ArrayRecord format; the newest version unless one is given), or `folder:PATH` (see
+      `FolderSource`).
     split: such as `train` or `test`; tfds splits may be sliced: `train[:98%]`.
     data_dir: root of tfds data sets; by default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     features: keys that every example must have.

@@ -1,5 +1,6 @@
 import functools
 import http.server
+import sys
 import threading
 import tracemalloc
 import types
@@ -254,6 +255,60 @@ def test_nothing_is_unpickled(tmp_path):
     archive.writestr('readme.txt', 'hello')
   with pytest.raises(UserError, match='not a .npz of arrays'):
     weights.open_npz(path)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_state_dict_of_torch(tmp_path, zipped):
+  torch = pytest.importorskip('torch')
+  path = tmp_path / 'x.pth'
+  state = {'a': torch.arange(12.).reshape(3, 4).T, 'brain': torch.arange(5).bfloat16(),
+           'p': torch.nn.Parameter(torch.ones(2))}
+  save = functools.partial(torch.save, f=path, _use_new_zipfile_serialization=zipped)
+  for content, inside in ((state, ()), (state, ('model',)),
+                          ({'epoch': 3, 'model': state}, ('state', 'model'))):
+    save(content)
+    made = weights.open_torch(path, inside)
+    assert {k: w.shape for k, w in made.items()} == {'a': (4, 3), 'brain': (5,), 'p': (2,)}
+    np.testing.assert_array_equal(made['a'].read(), np.arange(12.).reshape(3, 4).T)
+    np.testing.assert_array_equal(made['brain'].read(), np.arange(5))
+    assert made['p'].read().dtype == np.float32
+  with pytest.raises(UserError, match='x.pth: not a state dict; epoch is no tensor'):
+    weights.open_torch(path)
+  save([1])
+  with pytest.raises(UserError, match='not a state dict; list is no tensor'):
+    weights.open_torch(path)
+
+
+class Attack:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_nothing_of_torch_is_unpickled_but_tensors(tmp_path, zipped):
+  torch = pytest.importorskip('torch')
+  path = tmp_path / 'x.pth'
+  for thing in (Attack(tmp_path / 'made'), types.SimpleNamespace(lr=1)):
+    torch.save({'model': {'a': torch.ones(2)}, 'args': thing}, path,
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match='GLOBAL.*nothing else is unpickled') as error:
+      weights.open_torch(path, ('model',))
+    assert '\n' not in str(error.value)
+  assert not (tmp_path / 'made').exists()
+  content = path.read_bytes()
+  for damaged in (b'', b'PK\x03\x04 cut short', b'no archive at all', content[:len(content) // 2]):
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match='x.pth: not a file of tensors alone.*damaged'):
+      weights.open_torch(path)
+
+
+def test_without_torch_the_extra_is_named(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match=r"needs torch: `pip install -e '.\[torch\]'`"):
+    weights.open_torch(tmp_path / 'x.pth')
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""DETR: detection as set prediction, and its panoptic head."""
