@@ -136,10 +136,10 @@ def _full(config: ml_collections.ConfigDict, name: str, model: dict,
 def _small(config: ml_collections.ConfigDict) -> None:
   """Pictures a quarter as long, and a recipe without pretrained weights."""
   config.data.update(dict(
-      workers=0, scales=tuple(range(128, 225, 16)), longest=384, eval_short=192,
-      crop_scales=(128, 160, 192), crop_min=112, crop_max=192,
-      buckets=((192, 256), (256, 192), (224, 304), (304, 224), (224, 384), (384, 224)),
-      eval_buckets=((192, 256), (256, 192), (192, 384), (384, 192))))
+      workers=0, scales=tuple(range(128, 225, 16)), longest=320, eval_short=192,
+      crop_scales=(128, 160, 192), crop_min=128, crop_max=192,
+      buckets=((224, 320), (320, 224)), eval_buckets=((192, 256), (256, 192), (192, 320),
+                                                      (320, 192))))
   config.batch_size = 8
   _from_scratch(config)
 

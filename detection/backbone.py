@@ -28,7 +28,8 @@ NORMS = ('frozen', 'group')
 _REMAT_POLICIES = {
     'full': None,
     # The policy for matrix products does not know convolutions.
-    'dots': lambda primitive, *args, **params: primitive is lax.conv_general_dilated_p,
+    'dots': lambda primitive, *args, **params: primitive in (lax.conv_general_dilated_p,
+                                                             lax.dot_general_p),
 }
 
 
@@ -68,11 +69,17 @@ class ConvNorm(nn.Module):
     if self.norm == 'frozen':
       scale, bias = lax.stop_gradient((scale, bias))
       kernel = kernel * scale
-    pad = self.dilation * (self.size // 2)
-    y = lax.conv_general_dilated(
-        x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride),
-        [(pad, pad)] * 2, rhs_dilation=(self.dilation, self.dilation),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if self.size == 1:
+      # As the matrix product it is: XLA's gradient of a convolution is slow on a CPU.
+      x = x[:, ::self.stride, ::self.stride]
+      y = lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    else:
+      pad = self.dilation * (self.size // 2)
+      y = lax.conv_general_dilated(
+          x, kernel, (self.stride, self.stride), [(pad, pad)] * 2,
+          rhs_dilation=(self.dilation, self.dilation),
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     y = partition.constrain(y, ('batch', None, None, None))
     if self.norm == 'frozen':
       return y + bias.astype(self.dtype)
