@@ -41,9 +41,11 @@ class Checkpoints:
         keep.append(policies.BestN(get_metric_fn=lambda m: m[name], reverse=reverse, n=1,
                                    keep_checkpoints_without_metrics=False))
     self.best = options.best if options is not None else ''
-    verbosity = logging.get_verbosity()
+    # The logger's own level, as `set_verbosity` would fix a level that was inherited before.
+    logger = logging.get_absl_logger()
+    level = logger.level
     if options is None:
-      logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, as it was told.
+      logger.setLevel('ERROR')  # Orbax warns that it will only read, as it was told.
     try:
       self._manager = ocp.CheckpointManager(
           directory.absolute(),
@@ -54,7 +56,7 @@ class Checkpoints:
           item_handlers={'state': ocp.PyTreeCheckpointHandler(),
                          'extra': ocp.JsonCheckpointHandler()})
     finally:
-      logging.set_verbosity(verbosity)
+      logger.setLevel(level)
 
   def steps(self) -> list[int]:
     """Steps of all finished checkpoints, oldest first."""

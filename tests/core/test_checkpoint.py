@@ -51,6 +51,18 @@ def test_restores_onto_another_mesh(saved, smoke, rules, mesh):
   chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, found), plan.state_sharding)
 
 
+def test_reading_leaves_the_log_as_it_was(saved):
+  _, _, directory = saved
+  logger = logging.getLogger('absl')
+  before = logger.level
+  logger.setLevel(logging.NOTSET)
+  try:
+    checkpoint.Checkpoints(directory).close()
+    assert logger.level == logging.NOTSET
+  finally:
+    logger.setLevel(before)
+
+
 def _files(directory, step):
   return sorted(p for p in (directory / str(step)).rglob('*') if p.is_file())
 

@@ -209,7 +209,7 @@ def test_what_is_missing_is_said(data, tmp_path):
 
 
 def test_text_that_is_not_there_does_not_stop_who_translates(workdir, caplog):
-  with caplog.at_level('INFO'):
+  with caplog.at_level('INFO', logger='absl'):
     task_of('/nowhere', workdir).prepare()
   assert caplog.text.count('no text is encoded') == 1
 

@@ -173,7 +173,7 @@ def test_fingerprint_is_of_the_file(trained, tmp_path):
 
 
 def test_size_is_a_limit(trained, caplog):
-  caplog.set_level('INFO')
+  caplog.set_level('INFO', logger='absl')
   assert all(len(v) <= 400 for v in trained.values()) and len(trained['bpe']) == 400
   small = vocabulary.train(['one two two'] * 2, 'bpe', 500)
   assert len(small) < 30 and f'vocabulary of {len(small)}, not 500' in caplog.text
