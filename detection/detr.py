@@ -14,7 +14,7 @@ from core.data import images
 from core.evaluate import Mean
 from detection import (
     augment, average_precision, backbone, boxes, categories, checkpoints, criterion, detector,
-    mask_head, matching, panoptic, pictures, predict, sources, views)
+    mask_head, matching, panoptic, pictures, predict, query_pictures, sources, views)
 
 _NORMS, _POSITIONS = ('post', 'pre'), ('sine', 'learned')
 _POSITIONS_AT = ('attention', 'input')
@@ -253,7 +253,7 @@ class Task(task.Task):
       found['validation'] = Mean('validation')
       found['validation_boxes'] = average_precision.Detection('validation')
       found['examples'] = pictures.Examples('validation', 'end')
-      found['queries'] = pictures.Slots('validation', 'end')
+      found['queries'] = query_pictures.Slots('validation', 'end')
     if splits.test:
       found['test'] = Mean('test', 'end')
       found['test_boxes'] = average_precision.Detection('test', 'end')

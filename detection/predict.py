@@ -12,7 +12,8 @@ import numpy as np
 
 from core.config import UserError
 from core.data import images
-from detection import augment, average_precision, boxes, panoptic, pictures, transformer
+from detection import (
+    attention_pictures, augment, average_precision, boxes, panoptic, pictures, transformer)
 
 _POINTS = 4  # Whose attention is drawn.
 
@@ -195,10 +196,10 @@ def _attention(row, seen, found, task, out: pathlib.Path, name: str) -> list[str
   left = []
   if 'encoder' in seen:
     left.append(f'{name}_attention_encoder.png')
-    pictures.encoder_attention(shown, seen['encoder'], _points(centres, shown.shape, cell), cell,
-                               out / left[-1])
+    attention_pictures.encoder_attention(
+        shown, seen['encoder'], _points(centres, shown.shape, cell), cell, out / left[-1])
   left.append(f'{name}_attention_decoder.png')
-  pictures.decoder_attention(
+  attention_pictures.decoder_attention(
       shown, found['boxes'] * (width, height, width, height), found['labels'], found['scores'],
       found['decoder'], cell, task.class_names, out / left[-1])
   return left

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from core.config import UserError
 from core.data import images
-from detection import detector, pictures, predict
+from detection import attention_pictures, detector, pictures, predict
 
 HEIGHT, WIDTH = 30, 60  # Of the image, which the model sees at 20x40 in a bucket of 24x48.
 
@@ -67,8 +67,9 @@ def test_boxes_come_out_in_pixels_of_the_file(tmp_path, monkeypatch):
   shapes, drawn = [], {}
   monkeypatch.setattr(predict, 'look', fake_look(shapes))
   for name in ('encoder_attention', 'decoder_attention', 'detections'):
-    draw = getattr(pictures, name)
-    monkeypatch.setattr(pictures, name, lambda *args, name=name, draw=draw:
+    module = pictures if name == 'detections' else attention_pictures
+    draw = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, name=name, draw=draw:
                         drawn.update({name: args}) or draw(*args))
   image = write(tmp_path / 'a.png')
   (record,), out = run(task_of(), tmp_path / 'a.png', tmp_path)
@@ -140,8 +141,8 @@ def test_segments_are_numbered_from_one_and_zero_is_nobodys(tmp_path, monkeypatc
 def test_nothing_found(tmp_path, monkeypatch):
   """Pictures all the same, of a grid of points, and every pixel nobody's."""
   points = []
-  draw = pictures.encoder_attention
-  monkeypatch.setattr(pictures, 'encoder_attention',
+  draw = attention_pictures.encoder_attention
+  monkeypatch.setattr(attention_pictures, 'encoder_attention',
                       lambda *args: points.extend(args[2]) or draw(*args))
   monkeypatch.setattr(predict, 'look', fake_look(
       [], scores=np.full(4, .1, np.float32), masks=np.zeros((4, 6, 12), np.float32)))
