@@ -15,6 +15,8 @@ from flax import linen as nn
 from jax import lax
 
 from core import partition
+from core.nn import remat as remat_lib
+from detection import convolution
 
 # Units of each stage, and channels inside those of the first. The small ones are for pictures of
 # 64 pixels on a CPU.
@@ -25,12 +27,6 @@ BACKBONES = {
     'r8x0.25': dict(stages=(1, 1), channels=16),
 }
 NORMS = ('frozen', 'group')
-_REMAT_POLICIES = {
-    'full': None,
-    # The policy for matrix products does not know convolutions.
-    'dots': lambda primitive, *args, **params: primitive in (lax.conv_general_dilated_p,
-                                                             lax.dot_general_p),
-}
 
 
 class ConvNorm(nn.Module):
@@ -75,11 +71,7 @@ class ConvNorm(nn.Module):
       x = x[:, ::self.stride, ::self.stride]
       y = lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     else:
-      pad = self.dilation * (self.size // 2)
-      y = lax.conv_general_dilated(
-          x, kernel, (self.stride, self.stride), [(pad, pad)] * 2,
-          rhs_dilation=(self.dilation, self.dilation),
-          dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      y = convolution.convolve(x, kernel, self.stride, self.dilation)
     y = partition.constrain(y, ('batch', None, None, None))
     if self.norm == 'frozen':
       return y + bias.astype(self.dtype)
@@ -147,8 +139,7 @@ class ResNet(nn.Module):
       its first unit keeps the dilation of the stage before, 1.
     norm: 'frozen' batch norm, or 'group' norm, which can be trained from scratch.
     freeze_at: how many of (stem, layer1, layer2, ...) get no gradient: 2 in the paper.
-    remat: 'none', 'full' (keep only the units' inputs for the backward pass) or 'dots' (also keep
-      the results of the convolutions).
+    remat: what a unit keeps for the backward pass, see `core.nn.remat`.
     dtype: computation dtype.
   """
   stages: Sequence[int]
@@ -163,9 +154,7 @@ class ResNet(nn.Module):
   def __call__(self, images: jax.Array) -> list[jax.Array]:
     """`[batch, height, width, 3]` -> the stages' outputs; stage i is `[batch, ceil(height / s),
     ceil(width / s), 4 channels 2^i]` with s = 4, 8, 16, 32 (16 where the last is dilated)."""
-    unit = Bottleneck
-    if self.remat != 'none':
-      unit = nn.remat(unit, policy=_REMAT_POLICIES[self.remat])
+    unit = remat_lib.remat(Bottleneck, self.remat)
     x = nn.relu(ConvNorm(self.channels, 7, 2, norm=self.norm, dtype=self.dtype, name='conv1')(
         images))
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])

@@ -19,6 +19,7 @@ from core import partition
 # Costs are clipped to this. It is far above what any loss weighs (tens), and small enough that
 # float64 sums of a hundred of them still tell ordinary costs apart.
 _LARGEST = 1e12
+_FEW = 16  # Slots up to which the host is not worth asking.
 
 
 def assign(cost: jax.Array, objects: jax.Array,
@@ -33,7 +34,9 @@ def assign(cost: jax.Array, objects: jax.Array,
       in a slot (slots <= queries). NaN counts as 1e12, and what is beyond +-1e12 (infinities too)
       as that, so that nothing raises or hangs when a run diverges.
     objects: int `[batch]`; the first so many slots are real, what is in the others is never used.
-    implementation: 'lockstep' or 'scipy' (CPU only); by default 'scipy' on a CPU, else 'lockstep'.
+    implementation: 'lockstep' or 'scipy' (CPU only); by default 'scipy' for more than 16 slots on a
+      CPU, else 'lockstep': with few slots they are equally fast, and a program that asks the host
+      is never kept in JAX's compilation cache.
 
   Returns:
     int32 `[layers, batch, slots]`, the query of each real slot; -1 in the others.
@@ -50,7 +53,7 @@ def assign(cost: jax.Array, objects: jax.Array,
                      f'{batch} images of the costs {cost.shape}')
   platform = partition.platform()
   if implementation is None:
-    implementation = 'scipy' if platform == 'cpu' else 'lockstep'
+    implementation = 'scipy' if platform == 'cpu' and slots > _FEW else 'lockstep'
   if implementation not in ('lockstep', 'scipy'):
     raise ValueError(f"implementation={implementation!r}: expected 'lockstep' or 'scipy'")
   if implementation == 'scipy' and platform != 'cpu':
@@ -84,7 +87,7 @@ def _scipy(cost: jax.Array, objects: jax.Array) -> jax.Array:
 
   Not `jax.pure_callback`: that one hands its function JAX arrays, and reading a large one can wait
   for a thread of the very pool that waits for the function. With one core and work queued behind
-  the step it hangs for good. A program that calls back is never kept in JAX's compilation cache.
+  the step it hangs for good.
   """
   from jax.experimental.buffer_callback import buffer_callback
   out = jax.ShapeDtypeStruct((cost.shape[0], cost.shape[2]), jnp.int32)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax import lax
 
 from core import partition
+from core.nn import remat as remat_lib
 
 # Residual units of each stage, by the name that stands before the plus of a hybrid. R50/16 has the
 # three units of the last stage moved to the one before: it downsamples 16 times instead of 32.
@@ -22,14 +23,6 @@ BACKBONES = {
     'R26': (2, 2, 2, 2),
     'R50': (3, 4, 6, 3),
     'R50/16': (3, 4, 9),
-}
-
-_REMAT_POLICIES = {
-    # Keep nothing but a unit's input.
-    'full': None,
-    # Keep the results of the convolutions, compute norms and activations again. The policy for
-    # matrix products does not know convolutions.
-    'dots': lambda primitive, *args, **params: primitive is lax.conv_general_dilated_p,
 }
 
 
@@ -168,17 +161,13 @@ def run_stages(
     channels: inside the units of the first stage; every stage doubles them.
     unit_name: see `Stage`.
     dtype: computation dtype.
-    remat: 'none', 'full' (keep only the units' inputs for the backward pass) or 'dots' (also keep
-      the results of the convolutions).
+    remat: what a unit keeps for the backward pass, see `core.nn.remat`.
 
   Returns:
     the last stage's output, `[batch, height', width', 4 channels 2^(stages - 1)]`; x without
     stages.
   """
-  if remat != 'none':
-    if remat not in _REMAT_POLICIES:
-      raise ValueError(f'remat={remat!r}: expected one of {["none", *_REMAT_POLICIES]}')
-    unit = nn.remat(unit, policy=_REMAT_POLICIES[remat])
+  unit = remat_lib.remat(unit, remat)
   for i, units in enumerate(stages):
     x = Stage(unit, units, channels * 2 ** i, 1 if i == 0 else 2, unit_name, dtype,
               name=f'block{i + 1}')(x)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from core import partition
-from core.nn import attention
+from core.nn import attention, remat as remat_lib
 
 ACTIVATIONS = {
     # The JAX ViT code uses the tanh form, BERT and torch ports the exact one.
@@ -20,13 +20,6 @@ ACTIVATIONS = {
     'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
     'relu': jax.nn.relu,
     'swish': jax.nn.swish,
-}
-
-_REMAT_POLICIES = {
-    # Keep nothing but a block's input.
-    'full': None,
-    # Keep the results of matrix products with parameters, compute the rest again.
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -228,8 +221,7 @@ def run_blocks(
     x: what flows through the blocks, `[batch, length, width]`.
     prefix: name of the blocks' parameters.
     scan: whether to compile one block and loop, or all of them.
-    remat: 'none', 'full' (keep only the blocks' inputs for the backward pass) or 'dots' (also keep
-      the products with parameters).
+    remat: what a block keeps for the backward pass, see `core.nn.remat`.
     train: passed to every block.
     layer_inputs: arrays `[depth, ...]`, or unrolled also lists; block i gets row i under the same
       keyword.
@@ -240,19 +232,15 @@ def run_blocks(
     the last block's output; with `outputs` a pair with what the blocks gave to keep: unrolled a
     list, scanned stacked on axis 0.
   """
-  if remat != 'none' and remat not in _REMAT_POLICIES:
-    raise ValueError(f'remat={remat!r}: expected one of {["none", *_REMAT_POLICIES]}')
-
   layer_inputs = dict(layer_inputs or {})
 
   def step(block, x, inputs, layer):
     made = block(x, train=train, **inputs, **layer)
     return made if outputs else (made, None)
 
-  if remat != 'none':
-    # Inside a scan XLA cannot merge the second computation with the first, so it need not be
-    # prevented from it.
-    step = nn.remat(step, policy=_REMAT_POLICIES[remat], prevent_cse=not scan)
+  # Inside a scan XLA cannot merge the second computation with the first, so it need not be prevented
+  # from it.
+  step = remat_lib.remat(step, remat, prevent_cse=not scan)
   if scan:
     step = nn.scan(
         step, length=depth, in_axes=(nn.broadcast, 0),
