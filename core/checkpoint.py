@@ -15,6 +15,11 @@ from core import partition
 from core.config import UserError
 from core.weights import Weight
 
+# Copies of an array on many devices share the work of writing it, each a slice, which takes a
+# program of its own for every shape. Small arrays are not worth it.
+_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)))
+
 
 class Checkpoints:
   """The checkpoints of one workdir.
@@ -53,7 +58,7 @@ class Checkpoints:
               preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
               enable_async_checkpointing=True, read_only=options is None,
               create=options is not None),
-          item_handlers={'state': ocp.PyTreeCheckpointHandler(),
+          item_handlers={'state': ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS),
                          'extra': ocp.JsonCheckpointHandler()})
     finally:
       logger.setLevel(level)
