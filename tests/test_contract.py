@@ -89,9 +89,17 @@ def _timeless(workdir: pathlib.Path):
           for line in metrics.read(workdir / 'metrics.jsonl')]
 
 
-def test_resumed_run_is_bitwise_the_unbroken_one(paper, smoke, tmp_path):
+def test_resumed_run_is_bitwise_the_unbroken_one(smoke, tmp_path):
+  _resume(smoke('vit'), tmp_path)
+
+
+@pytest.mark.slow
+def test_so_is_every_paper_s(paper, smoke, tmp_path):
+  _resume(smoke(paper), tmp_path)
+
+
+def _resume(config, tmp_path: pathlib.Path) -> None:
   """Also runs every evaluator, and resumes in the middle of a logging window."""
-  config = smoke(paper)
   config.log_every = '3 steps'
   config.checkpoint.keep = 5
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
