@@ -40,7 +40,10 @@ def base() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict(dict(every='10%', batch_size=0))
   config.checkpoint = ml_collections.ConfigDict(dict(
       every='10%', keep=2, best='',
-      average=1))                   # evaluate, predict, export: mean of so many of the newest
+      average=1,                    # evaluate, predict, export: mean of so many of the newest
+      select='newest',              # newest or best: which one they, and what is measured at the
+                                    # end of a run, are of
+      patience=0))                  # evaluations without a better `best` that end a run; 0 is off
   config.init_from = ''             # a workdir of ours, or foreign weights
   config.seed = 0
   config.topology = ''              # TPU slice that --mode=compile is for, such as v5e:4x4

@@ -38,13 +38,15 @@ class Checkpoints:
         the name when less is better. None opens for reading only.
     """
     self.directory = directory
-    keep = []
+    keep, tracked = [], {}
     if options is not None:
       keep.append(policies.LatestN(options.keep))
       if options.best:
         name, reverse = options.best.lstrip('-'), options.best.startswith('-')
         keep.append(policies.BestN(get_metric_fn=lambda m: m[name], reverse=reverse, n=1,
                                    keep_checkpoints_without_metrics=False))
+        # Without it metrics are not written, and a resumed run would not know what was best.
+        tracked = dict(best_fn=lambda m: m[name], best_mode='min' if reverse else 'max')
     self.best = options.best if options is not None else ''
     # The logger's own level, as `set_verbosity` would fix a level that was inherited before.
     logger = logging.get_absl_logger()
@@ -57,7 +59,7 @@ class Checkpoints:
           options=ocp.CheckpointManagerOptions(
               preservation_policy=policies.AnyPreservationPolicy(keep) if keep else None,
               enable_async_checkpointing=True, read_only=options is None,
-              create=options is not None),
+              create=options is not None, **tracked),
           item_handlers={'state': ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS),
                          'extra': ocp.JsonCheckpointHandler()})
     finally:
@@ -109,13 +111,26 @@ class Checkpoints:
       self._set_aside(step)
     return found
 
-  def restore_params(self, params_shape, average: int = 1):
+  def best_step(self, best: str) -> int | None:
+    """The checkpoint with the best value of a metric, the earlier of equals; None without any.
+
+    Args:
+      best: `config.checkpoint.best`.
+    """
+    name, sign = best.lstrip('-'), -1 if best.startswith('-') else 1
+    measured = {step: self._manager.metrics(step) for step in self.steps()}
+    values = {step: sign * metrics[name] for step, metrics in measured.items()
+              if metrics and name in metrics}
+    return max(values, key=values.get) if values else None
+
+  def restore_params(self, params_shape, average: int = 1, step: int | None = None):
     """Reads only what evaluation needs from the newest readable checkpoint.
 
     Args:
       params_shape: parameters of `jax.ShapeDtypeStruct` with the shardings wanted.
       average: take the mean of so many of the newest checkpoints ("Attention Is All You Need",
         section 6.1); all of them must then be readable.
+      step: read this one and no other.
 
     Returns:
       (parameters, step), the average of the parameters where one was kept; None when there is no
@@ -128,6 +143,8 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(
           state=_restore_args({key: params_shape}, partial=True))).state[key], step
 
+    if step is not None:
+      return read(step)
     if average == 1:
       return self._newest(read)[0]
     steps = self.steps()[-average:]

@@ -51,6 +51,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if not 1 <= config.checkpoint.average <= config.checkpoint.keep:
     raise UserError(f'config.checkpoint.average={config.checkpoint.average}; it must be between 1 '
                     f'and config.checkpoint.keep={config.checkpoint.keep}')
+  checkpoint = config.checkpoint
+  choose('config.checkpoint.select', checkpoint.select, ('newest', 'best'))
+  if not checkpoint.best and (checkpoint.patience or checkpoint.select == 'best'):
+    raise UserError('config.checkpoint.patience and select=best need config.checkpoint.best, the '
+                    'metric that says which is best')
+  if checkpoint.average > 1 and checkpoint.select == 'best':
+    raise UserError(f'config.checkpoint.average={checkpoint.average} is of the newest; with '
+                    "config.checkpoint.select='best' it must be 1")
   choose('config.precision', config.precision, ('float32', 'bfloat16'))
   choose('config.remat', config.remat, ('none', 'full', 'dots'))
 

@@ -127,13 +127,16 @@ class Evaluators:
     self._evaluators = plan.task.evaluators()
     self._steps = plan.steps
     self._every = {}
+    self.final = []  # Names of those that wait for the end of a run.
     for name, evaluator in self._evaluators.items():
       text = evaluator.every or plan.config.eval.every
-      self._every[name] = (plan.steps if text == 'end'
-                           else max(plan.steps_of(text, f'eval of {name}'), 1))
+      if text == 'end':
+        self.final.append(name)
+      else:
+        self._every[name] = max(plan.steps_of(text, f'eval of {name}'), 1)
 
   def due(self, step: int) -> list[str]:
-    """Names of the evaluators to run after `step` updates."""
+    """Names of the evaluators to run after `step` updates, without `final`."""
     return [name for name, every in self._every.items()
             if step == self._steps or step % every == 0]
 

@@ -73,10 +73,12 @@ def read_params(plan: Plan, path: str):
 
 
 def restore_params(plan: Plan, workdir: pathlib.Path):
-  """(parameters to use, step) of a workdir's newest readable checkpoint, or mean of several."""
+  """(parameters to use, step) of the checkpoints of a workdir that `config.checkpoint` names."""
+  options = plan.config.checkpoint
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    restored = checkpoints.restore_params(plan.params_shape, plan.config.checkpoint.average)
+    step = checkpoints.best_step(options.best) if options.select == 'best' else None
+    restored = checkpoints.restore_params(plan.params_shape, options.average, step)
   finally:
     checkpoints.close()
   if restored is None:

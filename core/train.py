@@ -2,7 +2,8 @@
 
 After every update, in this order: log, evaluate, save. So a checkpoint of step n stands behind
 everything that was written for step n, and a run resumed from it repeats nothing and misses
-nothing.
+nothing. A run ends after its last step, or when nothing has become better for as long as
+`config.checkpoint.patience` says; then what waits for the end is measured too.
 """
 
 import functools
@@ -89,16 +90,18 @@ class _Loop:
     state, extra = self._starting_state()
     start = int(state.step)
     self.window = metrics.Window(extra.get('window'))
+    self.best = _Best(plan.config.checkpoint, extra.get('best'))
     self.writer = metrics.Writer(self.workdir, after_step=start)
     self.progress = metrics.Progress(plan.steps, start)
     self._introduce(start)
-    if start >= plan.steps:
-      self.progress.say(f'the run of {plan.steps} steps in {self.workdir} is complete')
+    complete = start >= plan.steps or self.best.exhausted
+    if complete:
+      self.progress.say(f'the run of {start} steps in {self.workdir} is complete')
     try:
       with _Stop() as stop, self._stream(start) as stream:
         self._clock, self._starved, running = (time.monotonic(), start), 0., None
         self._examples = 0
-        for step in range(start + 1, plan.steps + 1):
+        for step in range(start + 1, start + 1 if complete else plan.steps + 1):
           self.profile.before(step)
           waited = stream.waited
           batch = next(stream)
@@ -118,7 +121,7 @@ class _Loop:
           self.progress.advance(step)
           stopping = stop.reached(step)
           self._after(step, state, stopping)
-          if stopping:
+          if stopping or self.best.exhausted:
             break
       self.checkpoints.wait()
       pictures.learning_curves(self.workdir)
@@ -176,22 +179,36 @@ class _Loop:
     last = step == self.plan.steps
     if step % self.log_every == 0 or last:
       self._log(step)
-    values = None
+    values, better = None, False
     due = [] if stopping and not last else self.evaluators.due(step)
-    if due:
+    if due or last:
       self.window.sums()  # never score, nor save, a model that has already failed
       began = time.monotonic()
-      values = self.evaluators.run(state.params if state.ema is None else state.ema, step, due,
-                                   self.progress.say)
+      params = state.params if state.ema is None else state.ema
+      values = self.evaluators.run(params, step, due, self.progress.say)
+      better = self.best.see(step, values)
+      if self.best.exhausted and not last:
+        self.progress.say(f'nothing better since step {self.best.step}: the run ends here')
+      last = last or self.best.exhausted
+      if last and self.evaluators.final:
+        values |= self._at_end(params, step)
       self.writer.write(step, values)
       self._pause(time.monotonic() - began)
-    if step % self.save_every == 0 or last or stopping:
-      extra = {'window': self.window.sums()}
+    if step % self.save_every == 0 or last or stopping or better:
+      extra = {'window': self.window.sums(), 'best': self.best.saved()}
       began = time.monotonic()
-      self.checkpoints.save(step, state, extra, values)
+      self.checkpoints.save(step, state, extra, values or None)
       self._pause(time.monotonic() - began)
       if stopping and not last:
         self.progress.say(f'stopped by a signal; saved step {step}')
+
+  def _at_end(self, params, step: int) -> dict[str, float]:
+    """What waits for the end of the run, of the newest parameters or the best."""
+    if self.plan.config.checkpoint.select == 'best' and self.best.step not in (None, step):
+      self.checkpoints.wait()
+      self.progress.say(f'measuring step {self.best.step}, the best')
+      params, _ = self.checkpoints.restore_params(self.plan.params_shape, step=self.best.step)
+    return self.evaluators.run(params, step, self.evaluators.final, self.progress.say)
 
   def _log(self, step: int) -> None:
     values = self.window.flush()  # waits for the device, so the clock below is honest
@@ -213,6 +230,38 @@ class _Loop:
     """Keeps time that was not training out of the examples-per-second."""
     began, first = self._clock
     self._clock = (began + seconds, first)
+
+
+class _Best:
+  """Follows `config.checkpoint.best`: which step had the best value, and how long ago.
+
+  Attributes:
+    step: None before the first evaluation, or where nothing is followed.
+    exhausted: whether there were as many evaluations since as `config.checkpoint.patience`.
+  """
+
+  def __init__(self, options: ml_collections.ConfigDict, saved: list | None):
+    self._name, self._sign = options.best.lstrip('-'), -1 if options.best.startswith('-') else 1
+    self._patience, self._always = options.patience, options.select == 'best'
+    self.step, self._value, self._since = saved or (None, None, 0)
+
+  def see(self, step: int, values: dict[str, float]) -> bool:
+    """Takes note of an evaluation; returns whether its parameters must be saved."""
+    if self._name not in values:
+      return False
+    value = self._sign * values[self._name]
+    if self._value is None or value > self._value:
+      self.step, self._value, self._since = step, value, 0
+      return self._always
+    self._since += 1
+    return False
+
+  @property
+  def exhausted(self) -> bool:
+    return 0 < self._patience <= self._since
+
+  def saved(self) -> list:
+    return [self.step, self._value, self._since]
 
 
 class _Stop:

@@ -168,3 +168,10 @@ def test_keeps_the_last_and_the_best(smoke, tmp_path):
   with pytest.raises(UserError, match='config.checkpoint.best'):
     checkpoints.save(7, state, {'window': {}}, {'test/accuracy': .1})
   checkpoints.close()
+  # A resumed run still knows which was best.
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', config.checkpoint)
+  checkpoints.save(7, state, {'window': {}}, {'validation/accuracy': .6})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 6, 7] and checkpoints.best_step('validation/accuracy') == 2
+  assert checkpoints.best_step('-validation/accuracy') == 7
+  checkpoints.close()

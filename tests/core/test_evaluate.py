@@ -80,7 +80,8 @@ def test_cadence(smoke, tmp_path, monkeypatch):
   evaluators = _evaluators(smoke, tmp_path, monkeypatch, found)
   for step in range(1, 11):
     evaluators.run({}, step, evaluators.due(step))
-  assert [found[k].calls for k in 'abc'] == [[4, 8, 10], [10], [5, 10]]
+  assert [found[k].calls for k in 'abc'] == [[4, 8, 10], [], [5, 10]]
+  assert evaluators.final == ['b']
   assert evaluators.run({}, 3) == {'a/x': 1., 'b/x': 1., 'c/x': 1.}
 
 

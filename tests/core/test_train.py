@@ -1,11 +1,12 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core import checkpoint, metrics, train
+from core import checkpoint, metrics, pretrained, train
 from core.config import RunFailed, UserError
 from core.plan import make_plan
 from vit_family import classification
@@ -45,6 +46,78 @@ def test_a_finished_run_starts_and_ends_again_without_a_step(short, tmp_path, ca
   train.train(short, tmp_path)
   assert (tmp_path / 'metrics.jsonl').read_text() == before
   assert 'is complete' in capfd.readouterr().out
+
+
+class Scripted:
+  """Evaluator whose values are written beforehand, by step; remembers what it was given."""
+
+  def __init__(self, values, every=''):
+    self.values, self.every, self.calls = values, every, {}
+
+  def __call__(self, run, params, step):
+    self.calls[step] = jax.device_get(params['head']['bias'])
+    return {'x': self.values.get(step, 0.)}
+
+
+@pytest.fixture
+def scripted(short, monkeypatch):
+  """A run of eight steps, measured after each; the best is step 3."""
+  def make(**options):
+    found = {'dev': Scripted({1: .1, 2: .2, 3: .5, 4: .4, 5: .5, 6: .3, 7: .2, 8: .1}),
+             'test': Scripted({}, 'end')}
+    monkeypatch.setattr(classification.Task, 'evaluators', lambda self: found)
+    short.steps, short.eval.every, short.checkpoint.every = '8 steps', '1 steps', '4 steps'
+    short.checkpoint.update(dict(best='dev/x', **options))
+    return short, found
+  return make
+
+
+def test_a_run_ends_when_nothing_gets_better(scripted, tmp_path, capfd):
+  config, found = scripted(patience=3)
+  train.train(config, tmp_path)
+  assert sorted(found['dev'].calls) == [1, 2, 3, 4, 5, 6], 'an equal value is not better'
+  assert list(found['test'].calls) == [6]
+  assert 'nothing better since step 3' in capfd.readouterr().out
+  assert lines(tmp_path)[-1] == {'step': 6, 'dev/x': .3, 'test/x': 0.}
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  train.train(config, tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+  assert 'the run of 6 steps' in capfd.readouterr().out
+
+
+def test_what_ends_a_run_survives_a_kill(scripted, tmp_path):
+  """Resumed from step 4, which is one evaluation after the best."""
+  config, found = scripted(patience=3)
+  train.train(config, tmp_path)
+  for step in (tmp_path / 'checkpoints').iterdir():
+    if step.name == '6':
+      shutil.rmtree(step)
+  found['dev'].calls.clear()
+  train.train(config, tmp_path)
+  assert sorted(found['dev'].calls) == [5, 6]
+
+
+@pytest.mark.parametrize('patience', [0, 3])
+def test_the_best_is_measured_at_the_end(scripted, tmp_path, patience):
+  """And saved although it is no step to save at; so do the other modes."""
+  config, found = scripted(patience=patience, select='best')
+  train.train(config, tmp_path)
+  (measured,), best = found['test'].calls.values(), found['dev'].calls[3]
+  np.testing.assert_array_equal(measured, best)
+  assert not np.array_equal(found['dev'].calls[4], best)
+  _, step = pretrained.restore_params(make_plan(config), tmp_path)
+  assert step == 3
+  config.checkpoint.select = 'newest'
+  _, step = pretrained.restore_params(make_plan(config), tmp_path)
+  assert step == (6 if patience else 8)
+
+
+@pytest.mark.parametrize('options', [dict(best='', patience=2), dict(best='', select='best'),
+                                     dict(best='dev/x', select='best', average=2)])
+def test_options_that_need_another(short, tmp_path, options):
+  short.checkpoint.update(options)
+  with pytest.raises(UserError, match='config.checkpoint.best|average=2'):
+    train.train(short, tmp_path)
 
 
 def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
