@@ -18,7 +18,8 @@ from core.weights import Weight
 # Copies of an array on many devices share the work of writing it, each a slice, which takes a
 # program of its own for every shape. Small arrays are not worth it.
 _HANDLERS = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)))
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
+    (np.ndarray, ocp.type_handlers.NumpyHandler()))
 
 
 class Checkpoints:

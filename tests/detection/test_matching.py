@@ -271,11 +271,13 @@ def test_asking_the_host_never_hangs(cores, devices, calls):
 def test_the_platform_chooses_and_mistakes_are_named(monkeypatch):
   cost, objects = jnp.zeros((1, 2, 3, 2)), jnp.zeros(2, jnp.int32)
 
-  def primitives(platform):
+  def primitives(platform, slots):
     monkeypatch.setattr(partition, 'platform', lambda: platform)
-    return str(jax.make_jaxpr(lambda *x: matching.assign(*x))(cost, objects))
-  for platform, host in (('cpu', True), ('gpu', False), ('tpu', False)):
-    text = primitives(platform)
+    costs = jnp.zeros((1, 2, 20, slots))
+    return str(jax.make_jaxpr(lambda *x: matching.assign(*x))(costs, objects))
+  for platform, slots, host in (('cpu', 17, True), ('cpu', 16, False), ('gpu', 17, False),
+                                ('tpu', 17, False)):
+    text = primitives(platform, slots)
     assert ('buffer_callback' in text) == host and ('while' in text) != host
   with pytest.raises(ValueError, match='CPU, not on tpu'):
     matching.assign(cost, objects, 'scipy')

@@ -139,8 +139,8 @@ def test_activations_and_their_gradients_match_float64(activation):
   np.testing.assert_allclose(f(x), exact(x.astype(np.float64)), rtol=1e-5, atol=1e-6)
   x64 = x.astype(np.float64)
   slope = (exact(x64 + 1e-5) - exact(x64 - 1e-5)) / 2e-5
-  # In float32 the tanh form rounds to zero below about -5, where the slope is -3e-6.
-  np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), slope, rtol=1e-4, atol=5e-6)
+  # In float32 the tanh form is off by some 1e-5 around -5, where it rounds to zero.
+  np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), slope, rtol=1e-4, atol=2e-5)
 
 
 class Tower(nn.Module):
