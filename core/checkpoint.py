@@ -131,7 +131,7 @@ class Checkpoints:
       params_shape: parameters of `jax.ShapeDtypeStruct` with the shardings wanted.
       average: take the mean of so many of the newest checkpoints ("Attention Is All You Need",
         section 6.1); all of them must then be readable.
-      step: read this one and no other.
+      step: read this one and no other; it must be readable.
 
     Returns:
       (parameters, step), the average of the parameters where one was kept; None when there is no
@@ -144,11 +144,9 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(
           state=_restore_args({key: params_shape}, partial=True))).state[key], step
 
-    if step is not None:
-      return read(step)
-    if average == 1:
+    if average == 1 and step is None:
       return self._newest(read)[0]
-    steps = self.steps()[-average:]
+    steps = [step] if step is not None else self.steps()[-average:]
     if len(steps) < average:
       raise UserError(f'config.checkpoint.average={average}, but {self.directory} holds the '
                       f'checkpoints {steps}; more are kept with config.checkpoint.keep')
@@ -161,8 +159,8 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as e:  # pylint: disable=broad-except  # Whatever a damaged file does.
-        raise UserError(f'{self._where(step)} cannot be read ({type(e).__name__}), so that there '
-                        f'is no mean of {average}') from e
+        lost = f', so that there is no mean of {average}' if average > 1 else ''
+        raise UserError(f'{self._where(step)} cannot be read ({type(e).__name__}){lost}') from e
       mean = add(jax.tree.map(lambda p: p * 0, params) if mean is None else mean, params)
     return mean, steps[-1]
 

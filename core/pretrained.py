@@ -77,7 +77,12 @@ def restore_params(plan: Plan, workdir: pathlib.Path):
   options = plan.config.checkpoint
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    step = checkpoints.best_step(options.best) if options.select == 'best' else None
+    step = None
+    if options.select == 'best':
+      step = checkpoints.best_step(options.best)
+      if step is None and checkpoints.steps():
+        raise UserError(f'no checkpoint in {workdir} was measured by config.checkpoint.best='
+                        f"{options.best!r}; use config.checkpoint.select='newest'")
     restored = checkpoints.restore_params(plan.params_shape, options.average, step)
   finally:
     checkpoints.close()

@@ -207,7 +207,9 @@ class _Loop:
     if self.plan.config.checkpoint.select == 'best' and self.best.step not in (None, step):
       self.checkpoints.wait()
       self.progress.say(f'measuring step {self.best.step}, the best')
-      params, _ = self.checkpoints.restore_params(self.plan.params_shape, step=self.best.step)
+      # Of equal values another step's may have been kept.
+      kept = self.checkpoints.best_step(self.plan.config.checkpoint.best)
+      params, _ = self.checkpoints.restore_params(self.plan.params_shape, step=kept)
     return self.evaluators.run(params, step, self.evaluators.final, self.progress.say)
 
   def _log(self, step: int) -> None:

@@ -49,7 +49,7 @@ def query_boxes(boxes: np.ndarray, path: pathlib.Path, count: int = 20) -> None:
 
 
 class Slots:
-  """Evaluator that leaves `queries.png`, see `query_boxes`."""
+  """Evaluator that leaves `queries.png`, see `query_boxes`; of the layer that is measured."""
 
   def __init__(self, split: str, every: str = 'end'):
     self.split, self.every = split, every

@@ -112,6 +112,26 @@ def test_the_best_is_measured_at_the_end(scripted, tmp_path, patience):
   assert step == (6 if patience else 8)
 
 
+def test_of_equals_the_one_that_was_kept_is_the_best(scripted, tmp_path):
+  config, found = scripted(select='best', keep=1)
+  config.checkpoint.every = '1 steps'
+  train.train(config, tmp_path)
+  (measured,) = found['test'].calls.values()
+  assert any(np.array_equal(measured, found['dev'].calls[step]) for step in (3, 5))
+
+
+def test_a_best_that_is_not_there_or_not_readable(scripted, tmp_path):
+  config, _ = scripted(select='best')
+  train.train(config, tmp_path)
+  plan = make_plan(config)
+  (tmp_path / 'checkpoints' / '3' / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  with pytest.raises(UserError, match=r'checkpoint 3 in .* cannot be read \(\w+\)$'):
+    pretrained.restore_params(plan, tmp_path)
+  config.checkpoint.best = 'dev/y'
+  with pytest.raises(UserError, match="was measured by config.checkpoint.best='dev/y'"):
+    pretrained.restore_params(plan, tmp_path)
+
+
 @pytest.mark.parametrize('options', [dict(best='', patience=2), dict(best='', select='best'),
                                      dict(best='dev/x', select='best', average=2)])
 def test_options_that_need_another(short, tmp_path, options):
