@@ -14,8 +14,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     # configs, tests, benchmarks and main are used from a checkout, not installed.
-    packages=find_packages(include=['core', 'core.*', 'detection', 'generative', 'translation',
-                                    'vit_family', 'vit_family.*']),
+    packages=find_packages(include=['core', 'core.*', 'detection', 'generative', 'recsys',
+                                    'translation', 'vit_family', 'vit_family.*']),
     install_requires=[
         'absl-py>=2.1,<3',
         'array-record>=0.8,<0.9',

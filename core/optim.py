@@ -17,6 +17,23 @@ import optax
 from core import partition
 from core.config import UserError, choose, duration
 
+
+def _bert_adam(b1: float = .9, b2: float = .999, eps: float = 1e-6) -> optax.GradientTransformation:
+  """Adam without the correction of its moments' start at zero, as BERT's released code has it: its
+  first steps are up to 3.2 times as long."""
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+  def update(updates, state, params=None):
+    del params
+    mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+    nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+    return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
+  return optax.GradientTransformation(init, update)
+
+
 # Each turns a gradient into a direction; the learning rate comes after. Decay is decoupled for
 # all of them (Loshchilov and Hutter, 2019), so 'adam' and 'adamw' differ in name only.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -24,6 +41,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         momentum, nesterov, accumulator_dtype),
     'adam': optax.scale_by_adam,
     'adamw': optax.scale_by_adam,
+    'bert_adam': _bert_adam,
     'adadelta': optax.scale_by_adadelta,
     'adafactor': optax.scale_by_factored_rms,
     'adagrad': optax.scale_by_rss,
@@ -112,7 +130,6 @@ def _check_regex(key: str, pattern: str, params) -> None:
     names = [partition.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     raise UserError(f'{key}={pattern!r} matches no parameter; names look like {names[0]!r}, '
                     f'{names[-1]!r}')
-
 
 
 def make_optimizer(optim: ml_collections.ConfigDict, params, *, steps: int, batch_size: int | None,

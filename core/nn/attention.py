@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import lax
 
 from core import partition
+from core.nn import dropout as dropout_lib
 
 # Splash is for the lengths at which the score matrix no longer fits on the chip; below, XLA's own
 # fusions keep it there.
@@ -113,8 +114,7 @@ def _xla(query, key, value, mask, causal, dropout_rate, dropout_rng, return_weig
   weights = masked_softmax(scores, mask)
   kept = weights
   if dropout_rate:
-    keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, weights.shape)
-    kept = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
+    kept = dropout_lib.dropout(weights, dropout_rate, dropout_rng)
   out = jnp.einsum('bhqk,bkhd->bqhd', kept.astype(value.dtype), value)
   return (out, weights) if return_weights else out
 

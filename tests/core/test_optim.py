@@ -158,3 +158,39 @@ def test_clip_by_global_norm():
 def test_bad_configs_are_one_line(changes, match):
   with pytest.raises(UserError, match=match):
     make(**changes)
+
+
+def test_bert_adam_is_adam_with_uncorrected_moments():
+  """BERT's AdamWeightDecayOptimizer in float64; decay is decoupled, and not of the moments."""
+  tx, _ = make(name='bert_adam', args=dict(b1=.8, b2=.99, eps=1e-3), lr=.1, clip_norm=0.,
+               weight_decay=.5, decay_mask='kernel$', schedule=dict(name='constant'))
+  rng = np.random.default_rng(0)
+  params, state = PARAMS, tx.init(PARAMS)
+  want = jax.tree.map(np.float64, PARAMS)
+  m, v = (jax.tree.map(np.zeros_like, want) for _ in range(2))
+  for _ in range(4):
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape), want)
+    m = jax.tree.map(lambda m, g: .8 * m + .2 * g, m, grads)
+    v = jax.tree.map(lambda v, g: .99 * v + .01 * g * g, v, grads)
+    want = jax.tree_util.tree_map_with_path(
+        lambda path, p, m, v: p - .1 * (m / (np.sqrt(v) + 1e-3)
+                                        + (.5 * p if path[-1].key == 'kernel' else 0)),
+        want, m, v)
+    updates, state = tx.update(jax.tree.map(jnp.float32, grads), state, params)
+    params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(params, want, rtol=1e-5)
+
+
+def test_bert_adam_begins_with_longer_steps_and_ends_as_adam():
+  """Of a gradient that stays the same Adam's steps are 1; these are (1 - b1^t) / sqrt(1 - b2^t):
+  3.2 at the first and again at 100, 1.26 at 1000."""
+  scale = optim.OPTIMIZERS['bert_adam']()
+  grad = {'w': jnp.float32(3.)}
+
+  def body(state, _):
+    update, state = scale.update(grad, state)
+    return state, update['w']
+  state, steps = jax.lax.scan(body, scale.init(grad), None, 4000)
+  np.testing.assert_allclose(steps[np.array([0, 9, 99, 999])], [3.16, 6.53, 3.24, 1.26], atol=.01)
+  assert float(steps.max()) < 6.6 and abs(float(steps[-1]) - 1) < .01
+  assert state.count == 4000

@@ -335,3 +335,37 @@ def test_mistakes_are_named():
     blocks.TransformerBlock(heads=1, mlp_dim=4).init(jax.random.key(0), x, memory=x)
   with pytest.raises(ValueError, match='remat='):
     Tower(True, remat='some').init(jax.random.key(0), *tower_inputs())
+
+
+@pytest.mark.parametrize('norm', ['pre', 'post'])
+def test_without_residuals_a_branch_is_all_that_goes_on(norm):
+  """The ablation of BERT4Rec's table 5: x = LN(f(x)), or f(LN(x)), with the same parameters."""
+  x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+  block = blocks.TransformerBlock(heads=2, mlp_dim=12, norm=norm, activation='relu',
+                                  residual=False)
+  params = random_params(block, x)
+  assert jax.tree.structure(params) == jax.tree.structure(
+      random_params(block.clone(residual=True), x))
+  p = jax.tree.map(np.float64, params)
+  want = x.astype(np.float64)
+  for i, branch in enumerate([
+      lambda y: attend(y, y, p['MultiHeadDotProductAttention_0'], np.bool_(True)),
+      lambda y: mlp(y, p['MlpBlock_0'], 'relu')]):
+    normed = functools.partial(layer_norm, p=p[f'LayerNorm_{i}'], epsilon=1e-6)
+    want = branch(normed(want)) if norm == 'pre' else normed(branch(want))
+  got = jax.jit(block.apply)({'params': params}, x)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_positions_alone_in_the_context_of_all_are_the_same():
+  x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+  mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
+  block = blocks.TransformerBlock(heads=2, mlp_dim=12, norm='post')
+  params = {'params': random_params(block, x)}
+  whole, some = jax.jit(lambda: (
+      block.apply(params, x, mask=mask),
+      block.apply(params, x[:, [4, 1, 1]], context=x, mask=mask)))()
+  np.testing.assert_allclose(some, np.asarray(whole)[:, [4, 1, 1]], rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match='no context'):
+    block.clone(norm='pre').apply(params, x, context=x)
