@@ -81,8 +81,11 @@ class Ours:
     self.parameters = self._plan.parameter_count
     # The loop's own stream: batches are read and placed by its threads.
     loop = train._Loop(self._plan, workdir, Checkpoints(workdir / 'checkpoints', config.checkpoint))
-    self._stream = iter(loop._stream(0))  # pylint: disable=protected-access
+    self._stream = loop._stream(0)  # pylint: disable=protected-access
     self._state = self._plan.init(jax.random.key(0))
+
+  def close(self) -> None:
+    self._stream.close()
 
   def steps(self, count: int) -> list[float]:
     taken = []
@@ -149,8 +152,8 @@ def main():
     print(f'{side}: {BATCH / median[side]:.0f} sequences/s (best {BATCH / min(taken):.0f})')
   best = min(value for side, value in median.items() if side != 'ours')
   print(f'ratio of medians {best / median["ours"]:.2f}', flush=True)
-  for peer in peers.values():
-    peer.close()
+  for side in (ours, *peers.values()):
+    side.close()
   if args.target:
     peer = Peer(args.recbole, min(peers, key=lambda t: median[f'RecBole, {t} thread(s)']))
     found = peer.ask(do='train', target=args.target, limit=args.limit)

@@ -20,7 +20,7 @@ from core.config import UserError, choose, duration
 
 def _bert_adam(b1: float = .9, b2: float = .999, eps: float = 1e-6) -> optax.GradientTransformation:
   """Adam without the correction of its moments' start at zero, as BERT's released code has it: its
-  first steps are up to 3.2 times as long."""
+  first steps are longer, where gradients stay alike up to 6.5 times, after 1,000 by a quarter."""
   def init(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))

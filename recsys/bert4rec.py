@@ -191,10 +191,11 @@ class Task(task.Task):
     model = self.config.model
     if self._causal:
       return cloze.next_items(items)
+    # A fixed share of the items fills no more slots than the longest sequence needs.
+    rate = model.mask_rate if model.masking == 'fixed' else 1.
     return cloze.mask_items(
         rng, items, self.mask_id, rate=model.mask_rate, masking=model.masking,
-        slots=cloze.max_masks(items.shape[1], model.mask_rate, model.max_masks),
-        last_share=model.last_share)
+        slots=cloze.max_masks(items.shape[1], rate, model.max_masks), last_share=model.last_share)
 
   def loss(self, params, batch, rng, train):
     model = self.config.model

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from core import partition
 from core.nn import losses
 from recsys import encoder
 
@@ -22,7 +23,7 @@ def in_chunks(fn, count: int, *arrays: jax.Array):
 
   Args:
     fn: of arrays `[rows, ...]` to a tree of arrays `[rows, ...]`, each row by itself.
-    count: rows at a time, so that what `fn` makes on the way need not exist for all of them.
+    count: rows at a time, see `rows_within`: what `fn` makes on the way need not exist for all.
   """
   rows = len(arrays[0])
   chunks = -(-rows // count)
@@ -39,8 +40,13 @@ def in_chunks(fn, count: int, *arrays: jax.Array):
 
 
 def rows_within(mebibytes: int, rows: int) -> int:
-  """How many positions' float32 scores of a table of `rows` fit into so much memory."""
-  return max(mebibytes * 2 ** 20 // (4 * rows), 1)
+  """How many positions' float32 scores of a table of `rows` fit into so much memory of a device.
+
+  A multiple of the number of parts that a batch is split into, so that `in_chunks` moves nothing.
+  """
+  layout = partition.ambient()
+  ways = layout.batch_ways if layout else 1
+  return max(mebibytes * 2 ** 20 // (4 * rows), 1) * ways
 
 
 def full_softmax(params, states: jax.Array, labels: jax.Array, mebibytes: int) -> jax.Array:

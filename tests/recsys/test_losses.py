@@ -76,7 +76,7 @@ def test_a_table_without_a_bias_has_plain_products():
       scipy.special.logsumexp(scores, axis=1) - label_scores(scores, labels), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('rows, count', [(21, 21), (21, 30), (21, 5), (20, 5), (21, 1)])
+@pytest.mark.parametrize('rows, count', [(21, 30), (21, 5), (20, 5)])
 def test_what_is_computed_in_chunks_is_the_same_and_in_order(rows, count):
   sizes = []
 
@@ -98,7 +98,7 @@ def test_memory_says_how_many_fit():
 
 
 def test_memory_is_bounded_whatever_the_catalogue():
-  """A million items and 5,120 positions: 20 GB of scores at once, several times that in training."""
+  """A million items and 5,120 positions: 20 GB of scores at once, twice that in training."""
   shape = jax.ShapeDtypeStruct
   params = {encoder.TABLE: shape((1_000_000, 8), np.float32),
             encoder.BIAS: shape((1_000_000,), np.float32)}
