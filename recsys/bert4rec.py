@@ -39,6 +39,8 @@ class Task(task.Task):
     for name in ('length', 'width', 'depth', 'heads', 'rows_multiple', 'max_masks', 'negatives'):
       if model[name] < 1:
         raise UserError(f'config.model.{name}={model[name]}; it must be at least 1')
+    if config.eval.top < 1:
+      raise UserError(f'config.eval.top={config.eval.top}; it must be at least 1')
     if model.width % model.heads:
       raise UserError(f'config.model.width={model.width} does not divide into '
                       f'config.model.heads={model.heads}')
