@@ -7,10 +7,12 @@
 
 Both have the same sizes (width 64, 2 layers, 2 heads, length 50, dropout .2, mask .2) and batches
 of 256 sequences, and read the log that RecBole carries. Steps alternate in rounds, and medians are
-compared; RecBole's steps include its data loader, ours read the next batch meanwhile, and go through
-a batch eight sequences at a time, which a CPU's cache likes. With --target=X each side also trains, alone on the machine, until its NDCG@10 on the validation items
-(full ranking, seen items not filtered) is at least X, ours in the
-batches of 64 of its config; seconds count from the start of a process.
+compared; RecBole's steps include its data loader, ours read the next batch meanwhile, and go
+through a batch eight sequences at a time, which a CPU's cache likes.
+
+With --target=X both sides also train, at the same time and on a core each, until their NDCG@10 on
+the validation items (full ranking, seen items not filtered) is at least X, ours in the batches of
+64 of its config; seconds count from the start of a process. --rounds=0 does that alone.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 BATCH, LENGTH = 256, 50
@@ -29,12 +32,13 @@ BATCH, LENGTH = 256, 50
 class Peer:
   """The process that runs RecBole."""
 
-  def __init__(self, python: str, threads: int):
+  def __init__(self, python: str, threads: int, core: int | None = None):
     script = pathlib.Path(__file__).with_name('recbole_peer.py')
     self._process = subprocess.Popen(
         [python, str(script), str(time.time()), str(BATCH), str(LENGTH), str(threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        cwd=tempfile.mkdtemp(), env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+        cwd=tempfile.mkdtemp(), env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+        preexec_fn=lambda: _stay_on(core))
     self.about = self.answer()
 
   def ask(self, **what) -> dict:
@@ -52,17 +56,17 @@ class Peer:
     self._process.wait()
 
 
+def _stay_on(core: int | None) -> None:
+  if core is not None:
+    os.sched_setaffinity(0, {core})
+
+
 def where_data_is(python: str) -> str:
   """The interactions inside RecBole's package; nothing is imported or copied."""
   code = ("import importlib.util as u, pathlib as p; "
           "print(p.Path(u.find_spec('recbole').origin).parent)")
   found = subprocess.run([python, '-c', code], capture_output=True, text=True, check=True)
   return str(pathlib.Path(found.stdout.strip()) / 'dataset_example/ml-100k/ml-100k.inter')
-
-
-def command(data: str, workdir: str, *more: str) -> list[str]:
-  return [sys.executable, '-m', 'main', '--config=configs/bert4rec.py:ml100k',
-          f'--config.data.name=interactions:{data}', f'--workdir={workdir}', *more]
 
 
 class Ours:
@@ -98,13 +102,26 @@ class Ours:
     return taken
 
 
-def until(data: str, target: float, limit: float) -> None:
-  """Trains ours until validation reaches `target`; prints the way there."""
+def train_peer(python: str, target: float, limit: float, core: int) -> None:
+  """Trains RecBole until validation reaches `target`; prints the way there."""
+  peer = Peer(python, 1, core)
+  found = peer.ask(do='train', target=target, limit=limit)
+  while 'done' not in found:
+    print(f'RecBole: epoch {found["epoch"]}  NDCG@10 {found["ndcg"]:.4f}  {found["seconds"]:.0f} s',
+          flush=True)
+    found = peer.answer()
+  peer.close()
+
+
+def train_ours(data: str, target: float, limit: float, core: int) -> None:
+  """The same for ours, whose metrics are read as they are written."""
   workdir = tempfile.mkdtemp()
   path, began, seen = pathlib.Path(workdir) / 'metrics.jsonl', time.time(), 0
-  process = subprocess.Popen(command(data, workdir, '--config.eval.every=1 epochs',
-                                     '--config.checkpoint.patience=0'),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'main', '--config=configs/bert4rec.py:ml100k',
+       f'--config.data.name=interactions:{data}', f'--workdir={workdir}',
+       '--config.eval.every=1 epochs'],
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: _stay_on(core))
   try:
     while process.poll() is None and time.time() - began < limit:
       time.sleep(.2)
@@ -133,6 +150,19 @@ def main():
   parser.add_argument('--limit', type=float, default=3600., help='seconds to the target')
   args = parser.parse_args()
   data = where_data_is(args.recbole)
+  if args.rounds:
+    compare_steps(args, data)
+  if args.target:
+    cores = sorted(os.sched_getaffinity(0))
+    peer = threading.Thread(target=train_peer, args=(args.recbole, args.target, args.limit,
+                                                     cores[0]))
+    peer.start()
+    train_ours(data, args.target, args.limit, cores[-1])
+    peer.join()
+
+
+def compare_steps(args: argparse.Namespace, data: str) -> None:
+  """Times steps of both sides in turns; prints sequences a second."""
   ours = Ours(data)
   peers = {threads: Peer(args.recbole, threads) for threads in args.threads}
   about = next(iter(peers.values())).about
@@ -155,15 +185,6 @@ def main():
   print(f'ratio of medians {best / median["ours"]:.2f}', flush=True)
   for side in (ours, *peers.values()):
     side.close()
-  if args.target:
-    peer = Peer(args.recbole, min(peers, key=lambda t: median[f'RecBole, {t} thread(s)']))
-    found = peer.ask(do='train', target=args.target, limit=args.limit)
-    while 'done' not in found:
-      print(f'RecBole: epoch {found["epoch"]}  NDCG@10 {found["ndcg"]:.4f}  '
-            f'{found["seconds"]:.0f} s', flush=True)
-      found = peer.answer()
-    peer.close()
-    until(data, args.target, args.limit)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """BERT4Rec (Sun et al., 2019), with SASRec and gSASRec beside it.
 
-configs/bert4rec.py                    an embedded log drawn from a known model, minutes on two cores
+configs/bert4rec.py                    an embedded log drawn from a known model, minutes on 2 cores
 configs/bert4rec.py:smoke              the same in seconds, for tests
 configs/bert4rec.py:[MODEL,]DATA       a model on a data set; MODEL bert4rec (default), sasrec (one
                                        negative, as published), sasrec_ce (full softmax), gsasrec
@@ -20,7 +20,7 @@ RECIPES = ('paper', 'converged')
 
 # The paper's hyper-parameters and, where it has none, those of its authors' scripts at width 64.
 # beauty and steam are the authors' own files (data/ of FeiSun/BERT4Rec): say where they are with
-# --config.data.name=interactions:PATH. `items` is the catalogue after the filters, which is checked.
+# --config.data.name=interactions:PATH. `items` is the catalogue after the filters; it is checked.
 DATASETS = {
     'beauty': dict(name='interactions:beauty.txt', items=54_542, length=50, mask_rate=.6,
                    max_masks=30, sliding=.1, dropout=.5, attention_dropout=.2, steps=400_000,
@@ -65,8 +65,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   model = parts[0]
   data = choose('configs/bert4rec.py data set', parts[1], DATASETS)
   converged = model != 'bert4rec' or parts[1] in ('ml100k', 'own')
-  recipe = choose('configs/bert4rec.py recipe', (parts + ['converged' if converged else 'paper'])[2],
-                  RECIPES)
+  usual = 'converged' if converged else 'paper'
+  recipe = choose('configs/bert4rec.py recipe', (parts + [usual])[2], RECIPES)
   config = _base()
   config.data.update(dict(name=data['name'], sliding=data['sliding'], lengths=data['lengths'],
                           min_item_count=data.get('min_item_count', 0)))
@@ -128,7 +128,7 @@ def _base() -> ml_collections.ConfigDict:
 
 
 def _unidirectional(config: ml_collections.ConfigDict, model: str) -> None:
-  """SASRec (Kang and McAuley, 2018) on the same encoder, by its loss; sections 3 to 5 of gSASRec."""
+  """SASRec (Kang and McAuley, 2018) on the same encoder, with its loss or gSASRec's."""
   config.model.update(dict(kind='sasrec', segments=False, transform=False, specials=2))
   config.data.sliding = max(config.data.sliding, .5)  # Every position of a window is learned from.
   if model == 'sasrec':
@@ -152,7 +152,9 @@ def _converged(config: ml_collections.ConfigDict, data: str) -> None:
   config.optim.schedule.update(dict(name='constant', warmup='0 steps'))
   if small:
     # Eight sequences fit a CPU's cache: twice as fast as all at once. Elsewhere set accum=1.
-    config.update(dict(batch_size=64, accum=8))
+    # On MovieLens-100K the average's validation NDCG@10 rises steadily to .11, where that of the
+    # parameters themselves wanders about .10.
+    config.update(dict(batch_size=64, accum=8, ema=.999))
   else:
     config.batch_size = 128
   config.eval.every = config.checkpoint.every = '4 epochs' if small else '1 epochs'

@@ -4,7 +4,8 @@ Every question is ranked three ways, always all of them and by name:
 
   full    among all items, those of the history included (RecBole's default for sequences);
   unseen  among the items that the history does not have;
-  popN    among N items drawn by popularity that the user never touched (BERT4Rec section 4.2, N=100).
+  popN    among N items drawn by popularity that the user never touched (BERT4Rec section 4.2 has
+          N=100).
 
 A rank is the number of other items whose score is not lower: ties count against the model, and so
 does a score that is no number.
