@@ -35,10 +35,9 @@ class Peer:
   def __init__(self, python: str, threads: int, core: int | None = None):
     script = pathlib.Path(__file__).with_name('recbole_peer.py')
     self._process = subprocess.Popen(
-        [python, str(script), str(time.time()), str(BATCH), str(LENGTH), str(threads)],
+        [*_on(core), python, str(script), str(time.time()), str(BATCH), str(LENGTH), str(threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        cwd=tempfile.mkdtemp(), env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
-        preexec_fn=lambda: _stay_on(core))
+        cwd=tempfile.mkdtemp(), env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
     self.about = self.answer()
 
   def ask(self, **what) -> dict:
@@ -56,9 +55,12 @@ class Peer:
     self._process.wait()
 
 
-def _stay_on(core: int | None) -> None:
-  if core is not None:
-    os.sched_setaffinity(0, {core})
+def _on(core: int | None) -> list[str]:
+  """What to write before a command so that it stays on a core."""
+  if core is None:
+    return []
+  code = f'import os, sys; os.sched_setaffinity(0, {{{core}}}); os.execv(sys.argv[1], sys.argv[1:])'
+  return [sys.executable, '-c', code]
 
 
 def where_data_is(python: str) -> str:
@@ -118,10 +120,10 @@ def train_ours(data: str, target: float, limit: float, core: int) -> None:
   workdir = tempfile.mkdtemp()
   path, began, seen = pathlib.Path(workdir) / 'metrics.jsonl', time.time(), 0
   process = subprocess.Popen(
-      [sys.executable, '-m', 'main', '--config=configs/bert4rec.py:ml100k',
+      [*_on(core), sys.executable, '-m', 'main', '--config=configs/bert4rec.py:ml100k',
        f'--config.data.name=interactions:{data}', f'--workdir={workdir}',
        '--config.eval.every=1 epochs'],
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: _stay_on(core))
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   try:
     while process.poll() is None and time.time() - began < limit:
       time.sleep(.2)
@@ -149,6 +151,7 @@ def main():
   parser.add_argument('--target', type=float, default=0., help='validation NDCG@10')
   parser.add_argument('--limit', type=float, default=3600., help='seconds to the target')
   args = parser.parse_args()
+  args.recbole = os.path.abspath(args.recbole)  # The peer runs in a folder of its own.
   data = where_data_is(args.recbole)
   if args.rounds:
     compare_steps(args, data)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from core.nn import dropout
 from translation import transformer
 
 SOURCE = np.array([[3, 4, 5, 6, 1, 0], [7, 8, 1, 0, 0, 0]])
@@ -208,9 +209,12 @@ def test_the_source_is_projected_once():
 def test_dropout_is_residual_and_embedding_alone(monkeypatch):
   """With the paper's settings attention weights and the ReLU's outputs are never dropped."""
   model, params = make(dropout=.5)
-  shapes, bernoulli = [], jax.random.bernoulli
+  shapes, bernoulli, in_blocks = [], jax.random.bernoulli, dropout.dropout
+  # Embeddings are dropped by flax, what is in blocks by ours.
   monkeypatch.setattr(jax.random, 'bernoulli', lambda key, p, shape: (
       shapes.append(tuple(shape)) or bernoulli(key, p, shape)))
+  monkeypatch.setattr(dropout, 'dropout', lambda x, rate, key: (
+      shapes.append(x.shape) or in_blocks(x, rate, key)))
   model.apply({'params': params}, SOURCE, TARGET, train=True, rngs={'dropout': jax.random.key(0)})
   monkeypatch.undo()
   # Two embeddings, two sublayers in either encoder layer and three in either decoder layer.
