@@ -98,11 +98,11 @@ class LeaveOneOut:
 
 class Baseline:
   """The same measures of scores that no model made: popularity, or the truth where it is known."""
+  every = 'end'  # Training does not change them.
 
-  def __init__(self, task, split: str, scores: Callable[[np.ndarray], np.ndarray],
-               every: str = 'end'):
+  def __init__(self, task, split: str, scores: Callable[[np.ndarray], np.ndarray]):
     """Args: scores: of a history int32 `[n]`: `[items + 1]`."""
-    self._task, self._split, self._scores, self.every = task, split, scores, every
+    self._task, self._split, self._scores = task, split, scores
 
   def __call__(self, run, params, step: int) -> dict[str, float]:
     totals = _Totals()
