@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from core import metrics
 from core.config import RunFailed, UserError, choose
 
-# Sections 4.4 to 4.8: table 3 (one mask), table 5 and figures 3 and 4. Heads are 32 wide. Two layers,
-# two heads and width 64 are what every config has.
+# Sections 4.4 to 4.8: table 3 (one mask), table 5 and figures 3 and 4. Heads are 32 wide. Every
+# config has two layers, two heads and width 64.
 VARIANTS: dict[str, dict[str, object]] = {
     'default': {}, 'no_positions': {'positions': False}, 'no_residual': {'residual': False},
     'no_dropout': {'dropout': 0., 'attention_dropout': 0.}, 'one_mask': {'max_masks': 1},
