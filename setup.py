@@ -14,7 +14,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     # configs, tests, benchmarks and main are used from a checkout, not installed.
-    packages=find_packages(include=['core', 'core.*', 'detection', 'generative', 'recsys',
+    packages=find_packages(include=['core', 'core.*', 'detection', 'generative', 'graph', 'recsys',
                                     'translation', 'vit_family', 'vit_family.*']),
     install_requires=[
         'absl-py>=2.1,<3',

@@ -52,6 +52,8 @@ def analyse(plan: Plan, topology: topologies.Topology) -> dict:
   """Compiles the plan's train step; returns the record that compile.json holds."""
   batch = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=plan.batch_sharding[name])
            for name, s in plan.task.batch_spec(plan.config.batch_size).items()}
+  batch |= {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=plan.layout.replicated)
+            for name, s in plan.task.resident_spec().items()}
   began = time.monotonic()
   traced = plan.train_step.trace(plan.state_shape, batch)
   lowered = traced.lower(lowering_platforms=('tpu',))

@@ -7,11 +7,14 @@ top-level keys, so that the engine can rely on them and a reader knows where to 
 import difflib
 import json
 import math
+import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 
 class UserError(Exception):
@@ -33,6 +36,30 @@ FREE_KEYS = frozenset({
     'data.workers', 'data.threads', 'data.data_dir'})
 
 _DURATION = re.compile(r'^\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)?\s*$', re.I)
+
+
+def from_flags(config: str, more: Sequence[str] = ()) -> ml_collections.ConfigDict:
+  """The config of main's flags, for commands beside main.
+
+  Args:
+    config: what stands behind `--config=`.
+    more: further flags, `--config.key=value` each.
+
+  Raises:
+    UserError: there is no such config, or it takes no such flags.
+  """
+  if not pathlib.Path(config.split(':', 1)[0]).is_file():
+    raise UserError(f'--config={config}: no such file')
+  values, argv = flags.FlagValues(), ['main', f'--config={config}', *more]
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  try:
+    rest = values(argv)
+    found = holder.value
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    raise UserError(' '.join(str(e.args[0] if e.args else e).split())) from e
+  if len(rest) > 1:
+    raise UserError(f'unexpected argument {rest[1]!r}; what is passed on is --config.key=value')
+  return found
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -99,6 +99,8 @@ def inspect(config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> 
     for name, spec in specs.items():
       print(f'  {name}: {tuple(spec.shape)} {np.dtype(spec.dtype).name} split '
             f'{tuple(plan.batch_sharding[name].spec)}')
+  for name, spec in plan.task.resident_spec().items():
+    print(f'resident {name}: {tuple(spec.shape)} {np.dtype(spec.dtype).name}')
   print('\none element of the training data')
   source = plan.task.dataset(plan.task.train_split)
   element = plan.task.transform(source[0], np.random.default_rng(config.seed), True)

@@ -38,7 +38,7 @@ def _bert_adam(b1: float = .9, b2: float = .999, eps: float = 1e-6) -> optax.Gra
 # all of them (Loshchilov and Hutter, 2019), so 'adam' and 'adamw' differ in name only.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'sgd': lambda momentum=0.9, nesterov=False, accumulator_dtype=None: optax.trace(
-        momentum, nesterov, accumulator_dtype),
+        momentum, nesterov, accumulator_dtype) if momentum else optax.identity(),
     'adam': optax.scale_by_adam,
     'adamw': optax.scale_by_adam,
     'bert_adam': _bert_adam,

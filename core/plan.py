@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 from core import optim, partition, step, task as task_lib
-from core.config import duration, validate
+from core.config import UserError, duration, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Plan:
     specs: every shape that training batches come in, see `Task.specs`.
     state_shape: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
     state_sharding: the same tree of `NamedSharding`.
-    batch_sharding: name -> `NamedSharding` of the global batch.
+    batch_sharding: name -> `NamedSharding` of the global batch, without what is resident.
     init: compiled on first use; key -> `TrainState` made where it lives.
     train_step: jitted, donates its state.
   """
@@ -70,6 +70,19 @@ class Plan:
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils  # only where there are several hosts
       multihost_utils.sync_global_devices('prepare')
+
+  def resident(self) -> dict[str, jax.Array]:
+    """The task's resident arrays on the devices, held against what it said of them."""
+    arrays, spec = self.task.resident(), self.task.resident_spec()
+    wrong = [name for name in sorted(arrays.keys() | spec.keys())
+             if name not in arrays or name not in spec
+             or (arrays[name].shape, arrays[name].dtype) != (spec[name].shape, spec[name].dtype)]
+    if wrong:
+      raise UserError(f'{self.config.task}: resident array {wrong[0]!r} is not what resident_spec '
+                      'says of it')
+    return {name: jax.make_array_from_callback(
+        array.shape, self.layout.replicated, lambda index, array=array: array[index])
+            for name, array in arrays.items()}
 
   def jit(self, fn: Callable, **kwargs) -> Callable:
     """`jax.jit` that traces under this plan's layout."""
@@ -142,7 +155,8 @@ def make_plan(config: ml_collections.ConfigDict,
   batch_sharding = plan.batch_shardings(task.batch_spec(config.batch_size))
   train_step = plan.jit(
       step.make_train_step(task, optimizer, schedule, config.seed, config.ema),
-      donate_argnums=0, in_shardings=(sharding, batch_sharding),
+      donate_argnums=0, in_shardings=(sharding, {
+          **batch_sharding, **{name: layout.replicated for name in task.resident_spec()}}),
       out_shardings=(sharding, layout.replicated))
   return dataclasses.replace(plan, batch_sharding=batch_sharding, train_step=train_step)
 

@@ -119,6 +119,15 @@ class Task:
     """Examples an epoch: from the config when it says so, else counted in the data."""
     return self.config.data.examples or len(self.dataset(self.train_split))
 
+  def resident_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays that the step reads besides its batch and that stay on the devices for a whole run,
+    such as a graph: whole on every device. `update` and `loss` find them in the batch."""
+    return {}
+
+  def resident(self) -> dict[str, np.ndarray]:
+    """The arrays of `resident_spec`; every process gives the same. Called after `prepare`."""
+    return {}
+
   def prepare(self) -> None:
     """Builds what is needed once (a vocabulary, a palette) and leaves a file in `workdir`.
 

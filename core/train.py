@@ -165,13 +165,15 @@ class _Loop:
         batch_sizes=sizes, rows=rows, seed=plan.config.seed, start_step=start,
         workers=data.workers, threads=data.threads, reuse_batch=data.reuse_batch)
     unchecked = set(range(len(sizes)))
+    resident = plan.resident()
 
     def put(element):
       bucket, batch = element
       if bucket in unchecked:
         pipeline.check_against_spec(batch, plan.specs[bucket])
         unchecked.remove(bucket)
-      return devices.to_device(batch, plan.batch_sharding, sizes[bucket], rows[bucket])
+      placed = devices.to_device(batch, plan.batch_sharding, sizes[bucket], rows[bucket])
+      return {**placed, **resident}
     return devices.prefetch(stream, put)
 
   def _after(self, step: int, state, stopping: bool) -> None:

@@ -66,6 +66,7 @@ def test_loss_falls_when_one_batch_is_memorised(paper, smoke, prepared):
   plan = make_plan(config, workdir=prepared(paper))
   _, batch, rows = _first_batch(plan)
   batch = devices.to_device(batch, plan.batch_sharding, len(batch['mask']), rows)
+  batch |= plan.resident()
   state = plan.init(jax.random.key(0))
   losses = []
   for _ in range(plan.steps):

@@ -1,0 +1,404 @@
+"""metapath2vec and metapath2vec++, and DeepWalk beside them; the task behind
+configs/metapath2vec.py."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import linen as nn
+
+from core import partition, step, task
+from core.config import UserError, choose
+from graph import evaluation, metapath, neighbours, network, pictures, skipgram, vectors
+from graph import walk_files, walks
+
+SAMPLERS = ('device', 'host')
+EXPORTS = ('text', 'binary')
+
+
+class Tables(nn.Module):
+  """The embeddings: `input` (what is exported) and `output`, float32 `[rows, dim]`.
+
+  `counts` int32 `[rows]` is no parameter: how often each node has been a token of a walk.
+  """
+  rows: int
+  dim: int
+
+  @nn.compact
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    """int32 `[...]` -> `[..., dim]`, rows of the input table."""
+    # As in word2vec: the one small and random, the other zero.
+    def uniform(key, shape):
+      return (jax.random.uniform(key, shape) - .5) / self.dim
+    split = lambda init, *rest: nn.with_logical_partitioning(init, ('vocab', *rest))
+    shape = (self.rows, self.dim)
+    table = self.param('input', split(uniform, None), shape)
+    self.param('output', split(nn.initializers.zeros, None), shape)
+    self.param('counts', split(nn.initializers.zeros), (self.rows,), jnp.int32)
+    return table[ids]
+
+
+class Blocks:
+  """Examples for training: `block` walks each, by the nodes that they start at, or as read.
+
+  The nodes of a block are far apart in the order of the graph, so that a batch of a few blocks is
+  of all of it. Where they do not come out even, -1 fills up.
+  """
+
+  def __init__(self, items: np.ndarray, block: int, name: str):
+    self._items, self._block, self._name = items, block, name
+    self._blocks = -(-len(items) // block)
+
+  def __len__(self) -> int:
+    return self._blocks
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    some = np.asarray(self._items[index::self._blocks])
+    filled = np.full((self._block, *some.shape[1:]), -1, np.int32)
+    filled[:len(some)] = some
+    return {self._name: filled}
+
+
+class Task(task.Task):
+  """Skip-gram on random walks. An epoch is one walk from every node of the path's first type.
+
+  The loss is the mean over pairs (centre, context) of eq. 2 or 6 with its M negatives, in nats.
+  """
+
+  constants = '^counts$'
+
+  def __init__(self, config):
+    super().__init__(config)
+    model, data, optim = config.model, config.data, config.optim
+    choose('config.model.negatives_from', model.negatives_from, skipgram.NEGATIVES)
+    choose('config.model.export', model.export, EXPORTS)
+    choose('config.data.sampler', data.sampler, SAMPLERS)
+    for group, names in ((model, ('dim', 'window', 'negatives', 'walks_per_update', 'rows_multiple',
+                                  'min_count')), (data, ('block',))):
+      for name in names:
+        if group[name] < 1:
+          key = 'model' if group is model else 'data'
+          raise UserError(f'config.{key}.{name}={group[name]}; it must be at least 1')
+    if model.length < 2:
+      raise UserError(f'config.model.length={model.length}; a walk has at least 2 tokens')
+    for name in ('shared_negatives', 'row_cap', 'sample', 'power'):
+      if model[name] < 0:
+        raise UserError(f'config.model.{name}={model[name]}; it must not be negative')
+    if (config.batch_size * data.block) % model.walks_per_update:
+      raise UserError(
+          f'config.batch_size={config.batch_size} blocks of config.data.block={data.block} walks do '
+          f'not divide into updates of config.model.walks_per_update={model.walks_per_update}')
+    plain = (optim.name == 'sgd' and not optim.args.get('momentum', .9) and not optim.clip_norm
+             and not optim.weight_decay and not optim.lr_multipliers and not optim.freeze)
+    if not plain or config.accum != 1 or config.ema:
+      raise UserError(
+          'rows are updated alone, so what would touch whole tables is not there: config.optim must '
+          'be sgd with args.momentum=0 and without clip_norm, weight_decay, lr_multipliers and '
+          'freeze, config.accum=1 and config.ema=0')
+
+  # The graph, and what of it the config says when it is not here.
+
+  @functools.cached_property
+  def graph(self) -> network.Graph:
+    if self.workdir is not None and jax.process_index() == 0:
+      # The number of rows is wanted before anything else, so the data is read here.
+      network.prepare(self.config.data, self.workdir)
+    graph = network.find(self.config.data, self.workdir)
+    sizes = {name: len(range(len(graph))[graph.nodes_of(name)]) for name in graph.types}
+    declared = dict(self.config.model.nodes)
+    if declared and declared != sizes:
+      raise UserError(f'config.model.nodes={declared}, but {self.config.data.name!r} has {sizes}; '
+                      'without it the data is counted')
+    return graph
+
+  @functools.cached_property
+  def sizes(self) -> Mapping[str, int]:
+    """Nodes of each type, in the order of their ids."""
+    declared = self.config.model.nodes
+    if declared:
+      return dict(declared)
+    return {name: len(range(len(self.graph))[self.graph.nodes_of(name)])
+            for name in self.graph.types}
+
+  @property
+  def nodes(self) -> int:
+    return sum(self.sizes.values())
+
+  @functools.cached_property
+  def _links(self) -> tuple[metapath.Link, ...]:
+    model = self.config.model
+    if model.nodes:
+      return metapath.links_from(self.sizes, model.edges)
+    return metapath.links_of(self.graph.relations)
+
+  @functools.cached_property
+  def _path(self) -> metapath.MetaPath:
+    return metapath.parse(self.config.model.metapath, tuple(self.sizes), self._links)
+
+  @functools.cached_property
+  def route(self) -> walks.Route:
+    """How walks go."""
+    model = self.config.model
+    return walks.route(self._path, model.length, model.keep, self._links)
+
+  @functools.cached_property
+  def csrs(self) -> list[walks.Csr]:
+    """Of every step of the path; steps that are the same share theirs."""
+    found = {one: walks.csr(self.graph, one) for one in dict.fromkeys(self._path.steps)}
+    return [found[one] for one in self._path.steps]
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """int32 ids of the nodes that walks start at: of the first type, those that have an edge."""
+    first = self.csrs[0]
+    begin = 0 if not self._path.types else self.graph.nodes_of(self._path.types[0]).start
+    degree = np.diff(first.ptr)
+    found = (np.flatnonzero(degree) + begin).astype(np.int32)
+    if not len(found):
+      raise UserError(f'config.model.metapath={self._path.text!r}: no node has an edge of its first '
+                      'step')
+    if alone := len(degree) - len(found):
+      logging.info('%d of %d nodes have no edge of the first step of %s: no walk starts there, and '
+                   'they get an embedding only where one comes by', alone, len(degree),
+                   self._path.text)
+    return found
+
+  @functools.cached_property
+  def expected(self) -> np.ndarray:
+    """float64 `[nodes]`: how often each is a token in an epoch, on average."""
+    if self.config.data.walks:
+      ids = self._written[self._written >= 0]
+      found = np.bincount(ids, minlength=len(self.graph)).astype(np.float64)
+    else:
+      found = walks.visits(self.csrs, self.starts, self.route, len(self.graph))
+    for first, size, name in zip(self._groups.first, self._groups.size, self._group_names):
+      if not found[first:first + size].any():
+        raise UserError(f'no walk along {self._path.text!r} ever comes to '
+                        f'{f"a node of type {name!r}" if name else "a node"}, so there is nothing to '
+                        'draw its negatives from')
+    return found
+
+  @property
+  def _group_names(self) -> list[str]:
+    if self.config.model.negatives_from == 'all':
+      return ['']
+    return [name for name in self.sizes
+            if name in (self.config.model.keep or self._path.types or self.sizes)]
+
+  @functools.cached_property
+  def _groups(self) -> skipgram.Groups:
+    ends = np.cumsum(list(self.sizes.values())).tolist()
+    names, types = self._group_names, list(self.sizes)
+    if names == ['']:
+      return skipgram.Groups((0,), (self.nodes,), tuple(ends), (0,) * len(ends))
+    at = [types.index(name) for name in names]
+    return skipgram.Groups(tuple(ends[i] - self.sizes[types[i]] for i in at),
+                           tuple(self.sizes[types[i]] for i in at), tuple(ends),
+                           tuple(names.index(name) if name in names else -1 for name in types))
+
+  @functools.cached_property
+  def _written(self) -> np.ndarray:
+    return walk_files.find(self.config, self.workdir)
+
+  def prepare(self):
+    self.graph  # pylint: disable=pointless-statement
+    if self.config.data.walks:
+      walk_files.prepare(self.config, self.graph, self.workdir)
+    self.expected  # Says what the path cannot do.  # pylint: disable=pointless-statement
+
+  def dataset(self, split):
+    choose('split', split, ('train',))
+    if self.config.data.walks:
+      return Blocks(self._written, self.config.data.block, 'walks')
+    return Blocks(self.starts, self.config.data.block, 'starts')
+
+  def transform(self, example, rng, train):
+    del train
+    if 'starts' in example and self.config.data.sampler == 'host':
+      return {'walks': walks.sample_host(rng, example['starts'], self.csrs, self.route)}
+    return example
+
+  # What the step computes.
+
+  def batch_spec(self, batch_size):
+    shape = (batch_size, self.config.data.block)
+    mask = jax.ShapeDtypeStruct((batch_size,), np.float32)
+    if self.config.data.sampler == 'host' or self.config.data.walks:
+      return {'walks': jax.ShapeDtypeStruct((*shape, self.config.model.length), np.int32),
+              'mask': mask}
+    return {'starts': jax.ShapeDtypeStruct(shape, np.int32), 'mask': mask}
+
+  @property
+  def _on_device(self) -> bool:
+    return self.config.data.sampler == 'device' and not self.config.data.walks
+
+  @property
+  def _distinct(self) -> list[int]:
+    """For each step of the path, which of the different steps it is."""
+    different = list(dict.fromkeys(self._path.steps))
+    return [different.index(one) for one in self._path.steps]
+
+  def resident_spec(self):
+    found = {'accept': jax.ShapeDtypeStruct((self.nodes,), np.float32),
+             'alias': jax.ShapeDtypeStruct((self.nodes,), np.int32)}
+    if self.config.model.sample:
+      found['kept'] = jax.ShapeDtypeStruct((self.nodes,), np.float32)
+    if self._on_device:
+      for at, spec in zip(self._distinct, walks.device_spec(self._path, self._links, self.sizes)):
+        found |= {f'{name}_{at}': one for name, one in spec.items()}
+    return found
+
+  def resident(self):
+    found = dict(zip(('accept', 'alias'), skipgram.noise(
+        self.expected, self._groups.first, self._groups.size, self.config.model.power)))
+    if self.config.model.sample:
+      found['kept'] = skipgram.kept(self.expected, self.config.model.sample)
+    if self._on_device:
+      for at, arrays in zip(self._distinct, walks.device_arrays(self.csrs)):
+        found |= {f'{name}_{at}': array for name, array in arrays.items()}
+    return found
+
+  @functools.cached_property
+  def model(self) -> Tables:
+    multiple = self.config.model.rows_multiple
+    return Tables(-(-self.nodes // multiple) * multiple, self.config.model.dim)
+
+  def init(self, rng):
+    return self.model.init(rng, jnp.zeros((1,), jnp.int32))['params']
+
+  @functools.cached_property
+  def objective(self) -> skipgram.Objective:
+    model = self.config.model
+    groups = len(self._groups.first)
+    if 0 < model.shared_negatives < groups:
+      raise UserError(f'config.model.shared_negatives={model.shared_negatives}: there are {groups} '
+                      'groups to draw some of each from; 0 draws for every pair')
+    return skipgram.Objective(model.window, model.negatives, model.negatives_from, self._groups,
+                              model.shared_negatives, np.dtype(self.config.precision))
+
+  def walks(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The walks of a batch, int32 `[walks, tokens]`, -1 behind dead ends and for dropped tokens."""
+    drawn, dropped = jax.random.split(key)
+    if self._on_device:
+      starts = batch['starts'].reshape(-1)
+      arrays = [{name: batch[f'{name}_{at}'] for name in ('ptr', 'col', 'cum')
+                 if f'{name}_{at}' in batch} for at in self._distinct]
+      firsts = [self._first(one) for one in self._path.steps]
+      found = walks.sample(drawn, starts, arrays, firsts, self.route)
+    else:
+      found = batch['walks'].reshape(-1, self.config.model.length)
+    if self.config.model.sample:
+      found = skipgram.subsample(dropped, found, batch['kept'])
+    return partition.constrain(found, ('batch', None))
+
+  def _first(self, one: metapath.Step) -> int:
+    """Id of the first node that a step may leave."""
+    if one.relation < 0:
+      return 0
+    link = self._links[one.relation]
+    types = list(self.sizes)
+    at = types.index(link.target if one.direction == '<' else link.source)
+    return sum(list(self.sizes.values())[:at])
+
+  def loss(self, params, batch, rng, train):
+    del train
+    key, negative = jax.random.split(rng)
+    found = self.walks(key, batch)
+    tables = batch['accept'], batch['alias']
+    if self.objective.shared:
+      drawn = self.objective.draw_shared(negative, 1, *tables)[0]
+    else:
+      drawn = self.objective.draw_own(negative, found, *tables)
+    loss, pairs = self.objective.loss(params, found, drawn)
+    return loss, task.Aux(pairs, {})
+
+  def update(self, state, batch, rng, optimizer: optax.GradientTransformation):
+    """Goes through the walks of a batch by `walks_per_update`, each time updating the rows that
+    occur: many small steps, as the paper's Algorithm 1 takes them."""
+    model, params = self.config.model, state.params
+    key, negative = jax.random.split(rng)
+    found = self.walks(key, batch)
+    updates = len(found) // model.walks_per_update
+    # What a plain optimizer makes of a gradient of one is the step's length.
+    length, opt_state = optimizer.update(jnp.ones(()), state.opt_state)
+
+    noise = batch['accept'], batch['alias']
+    # What is small is drawn at once; negatives for every pair are not small.
+    draws = (self.objective.draw_shared(negative, updates, *noise) if model.shared_negatives
+             else jax.random.split(negative, updates))
+
+    def once(carry, x):
+      tables, scratch = carry
+      some, drawn = x
+      if not model.shared_negatives:
+        drawn = self.objective.draw_own(drawn, some, *noise)
+      *rows, loss, pairs = self.objective.gradients(tables, some, drawn)
+      for name, one in zip(('input', 'output'), rows):
+        tables[name], scratch = skipgram.descend(tables[name], scratch, one, -length, model.row_cap)
+      return (tables, scratch), (loss, pairs)
+    carry = {name: params[name] for name in ('input', 'output')}, jnp.zeros(self.model.rows)
+    (tables, _), (loss, pairs) = jax.lax.scan(
+        once, carry, (step.microbatches(found, updates), draws))
+
+    there = found >= 0
+    counts = params['counts'].at[jnp.where(there, found, 0)].add(there.astype(jnp.int32))
+    tokens = there.sum(1)
+    began = (tokens > 0).sum().astype(jnp.float32)
+    metrics = {'loss': (loss.sum(), pairs.sum()),
+               'tokens_per_walk': (tokens.sum().astype(jnp.float32), began)}
+    if not self.config.data.walks and not model.sample:
+      stopped = ((tokens > 0) & (tokens < model.length)).sum().astype(jnp.float32)
+      metrics['dead_ends'] = (stopped, began)
+    return state.replace(params={**tables, 'counts': counts}, opt_state=opt_state), metrics
+
+  # Use.
+
+  def counts(self, params) -> np.ndarray:
+    """int32 `[nodes]`: how often each node was a token."""
+    return _on_host(params['counts'])[:len(self.graph)]
+
+  def occurs(self, params) -> np.ndarray:
+    """bool `[nodes]`: which nodes have an embedding."""
+    return self.counts(params) >= self.config.model.min_count
+
+  def vectors(self, params) -> np.ndarray:
+    """float32 `[nodes, dim]`."""
+    return _on_host(params['input'])[:len(self.graph)]
+
+  def evaluators(self):
+    found: dict[str, Any] = {}
+    found['classification'] = evaluation.Classification(self)
+    found['clustering'] = evaluation.Clustering(self)
+    found['similarity'] = neighbours.Similarity(self)
+    found['projection'] = pictures.Projection(self)
+    return found
+
+  def predict(self, params, inputs, out):
+    return neighbours.predict(self, params, inputs, out)
+
+  def open_weights(self, path):
+    return vectors.open_weights(path, self.graph.tokens, self.model.rows)
+
+  def export(self, params, path: pathlib.Path):
+    occurs = self.occurs(params)
+    if not occurs.any():
+      raise UserError('no node has occurred in a walk yet, so there is no embedding to export')
+    write, ending = {'text': (vectors.write_text, '.txt'),
+                     'binary': (vectors.write_binary, '.bin')}[self.config.model.export]
+    path = path.with_suffix(ending)
+    write(path, self.graph.tokens[occurs], self.vectors(params)[occurs])
+    return path
+
+
+def _on_host(x) -> np.ndarray:
+  """A parameter as numpy on every host. All hosts must call."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    from jax.experimental import multihost_utils  # only where there are several hosts
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
