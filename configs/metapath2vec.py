@@ -29,7 +29,7 @@ DATASETS = {
     'dblp': dict(name='dat:dblp', metapath='author-paper-venue-paper-author', walks=5,
                  types={'conference': 'venue', 'type': 'term'}),
     'debian': dict(name='tsv:debian_graph', metapath='package-maintainer-package-tag-package',
-                   walks=5, shares=(.1, .5), repeats=3),
+                   walks=2, shares=(.1, .5), repeats=3, clusterings=3, max_nodes=10_000),
     # Genres are what films are labelled with, so the relation that says them is left out.
     'films': dict(name='kg:ml-100k.kg', metapath='film-actor-film', walks=20,
                   relations=(('film.film.actor', 'film', 'actor'),
@@ -39,8 +39,8 @@ DATASETS = {
     'own': dict(name='tsv:', metapath='', walks=10),
 }
 
-# Both tables: 2 x 128 numbers a node (DBIS: 464 venues, 5,000 authors, 72,902 papers).
-PARAMETERS = {'aminer': 256 * (1_693_531 + 3_194_405 + 3_883)}
+# Both tables, 2 x 128 numbers a node; 853 rows fill up to a multiple of 1,024.
+PARAMETERS = {'aminer': 256 * (1_693_531 + 3_194_405 + 3_883 + 853)}
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -61,7 +61,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if config.model.metapath != '*':
     config.model.metapath = data['metapath']
   config.steps = f'{data["walks"]} epochs'
-  for name in ('shares', 'repeats'):
+  for name in ('shares', 'repeats', 'clusterings', 'max_nodes'):
     config.eval[name] = data.get(name, config.eval[name])
   if parts[0] == 'aminer':
     _large(config, data)
@@ -86,9 +86,10 @@ def _base() -> ml_collections.ConfigDict:
       negatives_from='all',         # all, context (++), centre (++ as released)
       power=.75,                    # of counts, for negatives
       sample=0.,                    # word2vec's subsampling of frequent nodes; 0 is off
-      walks_per_update=1,           # rows move after so many walks; more suit larger devices
-      shared_negatives=64,          # that an update shares; 0: every pair has its own
-      row_cap=256.,                 # terms that move a row at once; 0 is off
+      walks_per_update=4, piece=25,  # rows move after so many tokens of so many walks; piece=0 is
+                                    # all of their tokens; more suit larger devices
+      shared_negatives=128,         # that an update shares; 0: every pair has its own
+      row_cap=128.,                 # terms that move a row at once; 0 is off
       min_count=1,                  # nodes that occur less often have no embedding
       rows_multiple=1,              # rows are brought to a multiple, so that a mesh can split them
       nodes=(), edges=(),           # sizes of a graph that is not here, to compile for it
@@ -123,7 +124,9 @@ def _planted(smoke: bool) -> ml_collections.ConfigDict:
     common.smoke(config)
     config.update(dict(batch_size=8))
     config.data.block = 4
-    config.model.update(dict(dim=16, length=12, window=3, walks_per_update=8, shared_negatives=12))
+    config.model.update(dict(dim=16, length=24, window=3, walks_per_update=2, piece=6,
+                             shared_negatives=48, row_cap=64.))
+    config.optim.lr = .1  # Few tokens must do.
     config.eval.update(dict(shares=(.2, .5), repeats=2, clusterings=2))
   return config
 
@@ -131,6 +134,7 @@ def _planted(smoke: bool) -> ml_collections.ConfigDict:
 def _large(config: ml_collections.ConfigDict, data) -> None:
   """Tables by rows over the slice; updates of hundreds of thousands of tokens."""
   config.model.update(dict(nodes=data['nodes'], edges=data['edges'], rows_multiple=1024,
-                           walks_per_update=4096, shared_negatives=8192))
-  config.update(dict(batch_size=128, rules='tp'))
+                           walks_per_update=1024, piece=0, shared_negatives=8192))
+  config.update(dict(batch_size=128, rules='fsdp'))
+  config.data.examples = -(-dict(data['nodes'])['author'] // config.data.block)
   config.eval.max_nodes = 20_000

@@ -11,7 +11,10 @@ from core import metrics
 
 
 def learning_curves(workdir: pathlib.Path) -> None:
-  """Draws metrics.jsonl as pictures/learning_curves.png: a panel a metric, a line a split."""
+  """Draws metrics.jsonl as pictures/learning_curves.png: a panel a metric, a line a split.
+
+  What has been measured once is no curve; it is drawn only where there is nothing else.
+  """
   path = workdir / 'metrics.jsonl'
   if jax.process_index() != 0 or not path.exists():
     return
@@ -23,6 +26,8 @@ def learning_curves(workdir: pathlib.Path) -> None:
         panels[name][split].append((line['step'], value))
   if not panels:
     return
+  panels = {name: splits for name, splits in panels.items()
+            if any(len(points) > 1 for points in splits.values())} or panels
   # What is measured on several splits comes first: that is where people look.
   names = sorted(panels, key=lambda n: (-len(panels[n]), n != 'loss', n))
   columns = min(len(names), 3)

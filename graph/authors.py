@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from core.config import UserError
+from core.data import text_files
 from graph import tables
 
 _ENCODING = 'iso-8859-1'
@@ -54,7 +55,7 @@ def read(folder: pathlib.Path) -> tables.Table:
 def _names(path: pathlib.Path, letter: str) -> tuple[np.ndarray, list[str]]:
   """Ids int64 `[lines]` and names of a file of names."""
   ids, names = [], []
-  for line, text in tables.lines(path, _ENCODING):
+  for line, text in text_files.lines(path, _ENCODING):
     id, tab, name = text.partition('\t')
     if not tab or not id.strip().isdecimal():
       raise UserError(f"{path}:{line}: {text!r:.80} is not 'id name' with a tab between")
@@ -102,7 +103,7 @@ def _labels(folder: pathlib.Path, type: str, names: Sequence[str]) -> Mapping[in
     return {}
   found: list[str] = []
   labels: list[str] = []
-  for line, text in tables.lines(path, _ENCODING):
+  for line, text in text_files.lines(path, _ENCODING):
     name, space, label = text.rpartition(' ')
     if not space or not name or not label:
       raise UserError(f"{path}:{line}: {text!r:.80} is not 'name label' with a space between")

@@ -88,16 +88,17 @@ class MetaPath:
       raise UserError(f"config.model.keep={list(keep)} needs a meta-path; '*' keeps every node")
     for name in keep:
       if name not in self.types:
-        raise UserError(f'config.model.keep: {name!r} is not on the meta-path {self.text!r}; it has '
-                        f'{", ".join(dict.fromkeys(self.types))}')
+        raise UserError(f'config.model.keep: {name!r} is not on the meta-path {self.text!r}; it '
+                        f'has {", ".join(dict.fromkeys(self.types))}')
     found: list[int] = []
     index = 0
     while len(found) < length:
       if not self.cyclic and index == len(self.types):
         raise UserError(
             f'config.model.length={length}: the meta-path {self.text!r} begins with '
-            f'{self.types[0]!r} and ends with {self.types[-1]!r}, so it cannot be repeated, and has '
-            f'{len(found)} tokens; close it to a circle or set config.model.length={len(found)}')
+            f'{self.types[0]!r} and ends with {self.types[-1]!r}, so it cannot be repeated, and '
+            f'has {len(found)} tokens; close it to a circle or set '
+            f'config.model.length={len(found)}')
       if not keep or self.type_at(index) in keep:
         found.append(index)
       index += 1
@@ -119,6 +120,9 @@ def parse(text: str, types: Sequence[str], links: Sequence[Link]) -> MetaPath:
   what = f'config.model.metapath={text!r}'
   if text == UNIFORM:
     return MetaPath(text, (), (Step(-1, '-'),))
+  if not text:
+    raise UserError(f'{what} is empty; a meta-path has at least one step, such as '
+                    f'{_example(links)}')
   names, arrows = _split(text, types, what)
   for name in names:
     if name not in types:
@@ -146,9 +150,9 @@ def _split(text: str, types: Sequence[str], what: str) -> tuple[list[str], list[
                         'written with whole names, type-type-type')
       names.append(fitting[0])
     return names, [('', '-')] * (len(names) - 1)
-  # The names of types may have a '-' themselves, so the longest that fits is taken.
+  # The names of types may have a '-' themselves, so the longest that ends there is taken.
   known = '|'.join(re.escape(name) for name in sorted(types, key=len, reverse=True))
-  node = re.compile(rf'({known}|[^-<>\[\]]+)')
+  node = re.compile(rf'((?:{known})(?=[-<]|$)|[^-<>\[\]]+)')
   arrow = re.compile(r'(<?)-(?:\[([^\]]+)\]-)?(>?)')
   names, arrows, at = [], [], 0
   while True:
@@ -200,7 +204,8 @@ def _listed(links: Sequence[Link]) -> str:
 
 
 def _example(links: Sequence[Link]) -> str:
-  return f'{links[0].source}-{links[0].target}-{links[0].source}' if links else 'author-paper-author'
+  source, target = (links[0].source, links[0].target) if links else ('author', 'paper')
+  return f'{source}-{target}-{source}'
 
 
 def links_of(relations: Sequence) -> tuple[Link, ...]:

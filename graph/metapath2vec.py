@@ -87,20 +87,20 @@ class Task(task.Task):
           raise UserError(f'config.{key}.{name}={group[name]}; it must be at least 1')
     if model.length < 2:
       raise UserError(f'config.model.length={model.length}; a walk has at least 2 tokens')
-    for name in ('shared_negatives', 'row_cap', 'sample', 'power'):
+    for name in ('shared_negatives', 'row_cap', 'sample', 'power', 'piece'):
       if model[name] < 0:
         raise UserError(f'config.model.{name}={model[name]}; it must not be negative')
     if (config.batch_size * data.block) % model.walks_per_update:
       raise UserError(
-          f'config.batch_size={config.batch_size} blocks of config.data.block={data.block} walks do '
-          f'not divide into updates of config.model.walks_per_update={model.walks_per_update}')
+          f'config.batch_size={config.batch_size} blocks of config.data.block={data.block} walks '
+          f'do not divide into updates of config.model.walks_per_update={model.walks_per_update}')
     plain = (optim.name == 'sgd' and not optim.args.get('momentum', .9) and not optim.clip_norm
              and not optim.weight_decay and not optim.lr_multipliers and not optim.freeze)
     if not plain or config.accum != 1 or config.ema:
       raise UserError(
-          'rows are updated alone, so what would touch whole tables is not there: config.optim must '
-          'be sgd with args.momentum=0 and without clip_norm, weight_decay, lr_multipliers and '
-          'freeze, config.accum=1 and config.ema=0')
+          'rows are updated alone, so what would touch whole tables is not there: config.optim '
+          'must be sgd with args.momentum=0 and without clip_norm, weight_decay, lr_multipliers '
+          'and freeze, config.accum=1 and config.ema=0')
 
   # The graph, and what of it the config says when it is not here.
 
@@ -161,8 +161,8 @@ class Task(task.Task):
     degree = np.diff(first.ptr)
     found = (np.flatnonzero(degree) + begin).astype(np.int32)
     if not len(found):
-      raise UserError(f'config.model.metapath={self._path.text!r}: no node has an edge of its first '
-                      'step')
+      raise UserError(f'config.model.metapath={self._path.text!r}: no node has an edge of its '
+                      'first step')
     if alone := len(degree) - len(found):
       logging.info('%d of %d nodes have no edge of the first step of %s: no walk starts there, and '
                    'they get an embedding only where one comes by', alone, len(degree),
@@ -175,13 +175,21 @@ class Task(task.Task):
     if self.config.data.walks:
       ids = self._written[self._written >= 0]
       found = np.bincount(ids, minlength=len(self.graph)).astype(np.float64)
+      for name, group in zip(self.sizes, self._groups.of_type):
+        if group < 0 and found[self.graph.nodes_of(name)].any():
+          raise UserError(f'{self.config.data.walks} has nodes of type {name!r}, which is not '
+                          f'among {", ".join(self._group_names)}; name its types in '
+                          'config.model.keep')
     else:
       found = walks.visits(self.csrs, self.starts, self.route, len(self.graph))
     for first, size, name in zip(self._groups.first, self._groups.size, self._group_names):
       if not found[first:first + size].any():
+        if self.config.data.walks:
+          raise UserError(f'{self.config.data.walks} has no node of type {name!r}; name its types '
+                          'in config.model.keep')
         raise UserError(f'no walk along {self._path.text!r} ever comes to '
-                        f'{f"a node of type {name!r}" if name else "a node"}, so there is nothing to '
-                        'draw its negatives from')
+                        f'{f"a node of type {name!r}" if name else "a node"}, so there is nothing '
+                        'to draw its negatives from')
     return found
 
   @property
@@ -204,12 +212,13 @@ class Task(task.Task):
 
   @functools.cached_property
   def _written(self) -> np.ndarray:
-    return walk_files.find(self.config, self.workdir)
+    if self.workdir is not None and jax.process_index() == 0:
+      # As of the graph: how many there are says how long an epoch is.
+      walk_files.prepare(self.config, self.graph, self.workdir)
+    return walk_files.find(self.config, self.workdir, len(self.graph))
 
   def prepare(self):
     self.graph  # pylint: disable=pointless-statement
-    if self.config.data.walks:
-      walk_files.prepare(self.config, self.graph, self.workdir)
     self.expected  # Says what the path cannot do.  # pylint: disable=pointless-statement
 
   def dataset(self, split):
@@ -319,32 +328,36 @@ class Task(task.Task):
     return loss, task.Aux(pairs, {})
 
   def update(self, state, batch, rng, optimizer: optax.GradientTransformation):
-    """Goes through the walks of a batch by `walks_per_update`, each time updating the rows that
-    occur: many small steps, as the paper's Algorithm 1 takes them."""
-    model, params = self.config.model, state.params
+    """Goes through the walks of a batch by a few tokens of a few walks, each time updating the rows
+    that occur: many small steps, as the paper's Algorithm 1 takes them."""
+    model, params, objective = self.config.model, state.params, self.objective
     key, negative = jax.random.split(rng)
     found = self.walks(key, batch)
-    updates = len(found) // model.walks_per_update
+    # Tokens of one walk are often the same few nodes. An update on a piece of each of several walks
+    # moves the same rows less often at once than one on a whole walk.
+    halo = model.window if 0 < model.piece < model.length else 0
+    some = step.microbatches(found, len(found) // model.walks_per_update)
+    if halo:
+      some = skipgram.pieces(some, model.piece, halo).swapaxes(0, 1)
+      some = some.reshape(-1, *some.shape[2:])
     # What a plain optimizer makes of a gradient of one is the step's length.
     length, opt_state = optimizer.update(jnp.ones(()), state.opt_state)
-
     noise = batch['accept'], batch['alias']
     # What is small is drawn at once; negatives for every pair are not small.
-    draws = (self.objective.draw_shared(negative, updates, *noise) if model.shared_negatives
-             else jax.random.split(negative, updates))
+    draws = (objective.draw_shared(negative, len(some), *noise) if objective.shared
+             else jax.random.split(negative, len(some)))
 
     def once(carry, x):
       tables, scratch = carry
       some, drawn = x
-      if not model.shared_negatives:
-        drawn = self.objective.draw_own(drawn, some, *noise)
-      *rows, loss, pairs = self.objective.gradients(tables, some, drawn)
+      if not objective.shared:
+        drawn = objective.draw_own(drawn, some, *noise, halo)
+      *rows, loss, pairs = objective.gradients(tables, some, drawn, halo)
       for name, one in zip(('input', 'output'), rows):
         tables[name], scratch = skipgram.descend(tables[name], scratch, one, -length, model.row_cap)
       return (tables, scratch), (loss, pairs)
     carry = {name: params[name] for name in ('input', 'output')}, jnp.zeros(self.model.rows)
-    (tables, _), (loss, pairs) = jax.lax.scan(
-        once, carry, (step.microbatches(found, updates), draws))
+    (tables, _), (loss, pairs) = jax.lax.scan(once, carry, (some, draws))
 
     there = found >= 0
     counts = params['counts'].at[jnp.where(there, found, 0)].add(there.astype(jnp.int32))

@@ -20,8 +20,6 @@ import functools
 import json
 import pathlib
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,7 +29,7 @@ from absl import logging
 
 from core import config as config_lib
 from core.config import UserError
-from core.weights import appearing
+from core.data import kept
 from graph import readers, tables
 
 FILE = 'graph.npz'
@@ -175,9 +173,7 @@ class Graph:
     for i, relation in enumerate(self.relations):
       weight = np.zeros(0, np.float32) if relation.weight is None else relation.weight
       arrays |= {f'ptr_{i}': relation.ptr, f'col_{i}': relation.col, f'weight_{i}': weight}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as temporary, temporary.open('wb') as file:
-      np.savez(file, **arrays)
+    kept.save(path, arrays)
 
 
 def load(path: pathlib.Path) -> Graph:
@@ -186,38 +182,26 @@ def load(path: pathlib.Path) -> Graph:
   Raises:
     UserError: no such file, a damaged one, or arrays that do not belong together.
   """
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      return _load(arrays)
-  except FileNotFoundError as e:
-    raise UserError(f'{path}: no such file; --mode=prepare makes it') from e
-  # What numpy and zipfile raise for what is cut short, changed or something else altogether.
-  except (ValueError, KeyError, IndexError, OSError, EOFError, TypeError, RuntimeError,
-          zipfile.BadZipFile, zlib.error) as e:
-    raise UserError(f'{path}: damaged, or no graph that --mode=prepare wrote; remove it and that '
-                    'makes it anew') from e
-
-
-def _load(arrays: Mapping[str, np.ndarray]) -> Graph:
-  found = {key: arrays[key] for key in _KINDS}
-  if any(found[key].dtype.kind != kind for key, kind in _KINDS.items()):
-    raise ValueError('arrays of other kinds')
-  types, offsets = tuple(found['types'].tolist()), found['offsets']
-  names = found['names'].tobytes().decode().split('\n')
-  _check(offsets, len(types), np.arange(len(names)), range(len(names)))
-  ids = _ranges(types, offsets)
-  relations = []
-  for i, (name, source, target) in enumerate(found['relations'].tolist()):
-    ptr, col, weight = (arrays[f'{key}_{i}'] for key in ('ptr', 'col', 'weight'))
-    _check(ptr, len(ids[source]), col, ids[target])
-    if weight.size and (weight.shape != col.shape or not (weight > 0).all()):
-      raise ValueError('weights that are not those of edges')
-    relations.append(Relation(name, source, target, ptr, col, weight if weight.size else None,
-                              ids[source], ids[target]))
-  labels, label_ptr, label_col = (found[f'label_{key}'] for key in ('names', 'ptr', 'col'))
-  _check(label_ptr, len(names), label_col, range(len(labels)))
-  return Graph(types, offsets, np.array(names, _STRING), tuple(relations), tuple(labels.tolist()),
-               label_ptr, label_col, str(found['made_of']))
+  with kept.opened(path, 'graph') as arrays:
+    found = {key: arrays[key] for key in _KINDS}
+    if any(found[key].dtype.kind != kind for key, kind in _KINDS.items()):
+      raise ValueError('arrays of other kinds')
+    types, offsets = tuple(found['types'].tolist()), found['offsets']
+    names = found['names'].tobytes().decode().split('\n')
+    _check(offsets, len(types), np.arange(len(names)), range(len(names)))
+    ids = _ranges(types, offsets)
+    relations = []
+    for i, (name, source, target) in enumerate(found['relations'].tolist()):
+      ptr, col, weight = (arrays[f'{key}_{i}'] for key in ('ptr', 'col', 'weight'))
+      _check(ptr, len(ids[source]), col, ids[target])
+      if weight.size and (weight.shape != col.shape or not (weight > 0).all()):
+        raise ValueError('weights that are not those of edges')
+      relations.append(Relation(name, source, target, ptr, col, weight if weight.size else None,
+                                ids[source], ids[target]))
+    labels, label_ptr, label_col = (found[f'label_{key}'] for key in ('names', 'ptr', 'col'))
+    _check(label_ptr, len(names), label_col, range(len(labels)))
+    return Graph(types, offsets, np.array(names, _STRING), tuple(relations), tuple(labels.tolist()),
+                 label_ptr, label_col, str(found['made_of']))
 
 
 def _check(ptr: np.ndarray, rows: int, col: np.ndarray, ids: range) -> None:
@@ -293,7 +277,7 @@ def find(data: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> Graph
   path, settings = workdir / FILE if workdir else None, _settings(data)
   if path is not None and path.exists():
     graph = load(path)
-    _check_same(path, graph.made_of, settings)
+    kept.check_same(path, graph.made_of, settings)
     return graph
   graph = build(readers.read(data), settings['types'], settings['min_degree'])
   logging.info('read %s: %s', data.name, _summary(graph))
@@ -316,19 +300,6 @@ def _settings(data: ml_collections.ConfigDict) -> dict[str, Any]:
   return {'name': data.name, 'types': dict(data.types), 'labels': data.labels,
           'relations': [list(relation) for relation in data.relations],
           'min_degree': dict(data.min_degree)}
-
-
-def _check_same(path: pathlib.Path, made_of: str, now: Mapping[str, Any]) -> None:
-  try:
-    before = json.loads(made_of)
-    different = [f'{key}={before[key]!r} (now {now[key]!r})' for key in now
-                 if before[key] != now[key]]
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{path} does not say what it was made of; remove it and --mode=prepare makes '
-                    'it anew') from e
-  if different:
-    raise UserError(f'{path} was made with config.data.{", ".join(different)}; use another '
-                    '--workdir')
 
 
 def _summary(graph: Graph) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from core import config as config_lib
 from core.config import UserError
+from core.data import text_files
 from graph import authors, recbole, tables
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -213,7 +214,7 @@ def _dat_labels(path: pathlib.Path, numbering: np.ndarray | None,
     pairs = numbering.tolist()
   place = {str(id): i - 1 for i, id in pairs}
   labels: dict[int, list[str]] = {}
-  for line, text in tables.lines(path):
+  for line, text in text_files.lines(path):
     fields = text.split('\t')
     if len(fields) != 2 or not fields[1]:
       raise UserError(f"{path}:{line}: {text!r:.80} is not 'id label' with a tab between")

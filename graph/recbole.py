@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from core.config import UserError
+from core.data import text_files
 from graph import tables
 
 _TITLE = 'movie_title'
@@ -83,7 +84,7 @@ def _items(path: pathlib.Path, labels: str) -> Iterator[tuple[str, str, list[str
       raise UserError(f'config.data.labels={labels!r}: needs {link.name} and {items.name} beside '
                       f'{path}')
     return
-  _, header = next(tables.lines(items), (0, ''))
+  _, header = next(text_files.lines(items), (0, ''))
   columns = {field.rpartition(':')[0]: field for field in header.split('\t')}
   if labels and labels not in columns:
     raise UserError(f'config.data.labels={labels!r}: {items} has no such column; it has '

@@ -91,8 +91,8 @@ class Objective:
     negatives: M, terms a pair.
     kind: one of `NEGATIVES`.
     groups: see `Groups`.
-    shared: negatives that the walks of an update share, of all groups together; each counts as often
-      as it must for M a pair. 0: every pair draws its own M, as the paper has it.
+    shared: negatives that the walks of an update share, of all groups together; each counts as
+      often as it must for M a pair. 0: every pair draws its own M, as the paper has it.
     dtype: of the operands of matrix products; they are summed in float32.
   """
   window: int
@@ -113,34 +113,37 @@ class Objective:
     which = jnp.broadcast_to(jnp.arange(groups)[:, None], (updates, groups, self.per_group))
     return draw(key, which, self.groups, accept, alias)
 
-  def draw_own(self, key: jax.Array, walks: jax.Array, accept: jax.Array,
-               alias: jax.Array) -> jax.Array:
-    """Negatives of every pair of `walks`: int32 `[walks, tokens, 2 window, negatives]`."""
-    groups = self._group_of_pairs(walks)
+  def draw_own(self, key: jax.Array, walks: jax.Array, accept: jax.Array, alias: jax.Array,
+               halo: int = 0) -> jax.Array:
+    """Negatives of every pair of `walks`: int32 `[walks, centres, 2 window, negatives]`."""
+    groups = self._group_of_pairs(walks, halo)
     groups = jnp.broadcast_to(groups[..., None], (*groups.shape, self.negatives))
     return draw(key, groups, self.groups, accept, alias)
 
-  def _group_of_pairs(self, walks: jax.Array) -> jax.Array:
-    """int32 `[walks, tokens, 2 window]`."""
+  def _group_of_pairs(self, walks: jax.Array, halo: int) -> jax.Array:
+    """int32 `[walks, centres, 2 window]`."""
     of = self.groups.of(walks) if self.kind != 'all' else jnp.zeros_like(walks)
     if self.kind == 'context':
-      return jnp.maximum(self._contexts(of), 0)
+      return jnp.maximum(self._contexts(of, halo), 0)
+    of = _centres(of, halo)
     return jnp.broadcast_to(of[..., None], (*of.shape, 2 * self.window))
 
-  def _contexts(self, x: jax.Array) -> jax.Array:
-    """`[walks, tokens]` -> `[walks, tokens, 2 window]`: x at each context, -1 where there is none."""
+  def _contexts(self, x: jax.Array, halo: int = 0) -> jax.Array:
+    """`[walks, tokens]` -> `[walks, centres, 2 window]`: x at each context, -1 for none."""
     tokens, k = x.shape[1], self.window
     padded = jnp.pad(x, ((0, 0), (k, k)), constant_values=-1)
-    return jnp.stack([padded[:, at:at + tokens] for at in range(2 * k + 1) if at != k], 2)
+    return jnp.stack([_centres(padded[:, at:at + tokens], halo)
+                      for at in range(2 * k + 1) if at != k], 2)
 
-  def gradients(self, tables: Mapping[str, jax.Array], walks: jax.Array,
-                negatives: jax.Array) -> tuple[Rows, Rows, jax.Array, jax.Array]:
-    """The gradient of the summed loss of all pairs of some walks.
+  def gradients(self, tables: Mapping[str, jax.Array], walks: jax.Array, negatives: jax.Array,
+                halo: int = 0) -> tuple[Rows, Rows, jax.Array, jax.Array]:
+    """The gradient of the summed loss of all pairs of some walks, or of pieces of walks.
 
     Args:
       tables: `input` and `output`, float32 `[rows, dim]`.
       walks: int32 `[walks, tokens]`, -1 where there is none.
       negatives: of one update, from `draw_shared` or `draw_own`.
+      halo: of a piece, how many tokens at both ends are contexts alone and no centres.
 
     Returns:
       rows of the input table, rows of the output table, the loss (summed over pairs, nats) and the
@@ -148,47 +151,48 @@ class Objective:
     """
     there = walks >= 0
     ids = jnp.where(there, walks, 0)
-    x, y = (self._rows(tables[name], ids) for name in ('input', 'output'))
+    centres = _centres(ids, halo)
+    x, y = self._rows(tables['input'], centres), self._rows(tables['output'], ids)
     # An attention-like product: every token with every other, of which the window's are kept.
-    pairs = self._band(walks.shape[1]) * there[:, :, None] * there[:, None, :]
+    pairs = self._band(walks.shape[1], halo) * (
+        _centres(there, halo)[:, :, None] * there[:, None, :])
     sure = jax.nn.sigmoid(self._dot('nid,njd->nij', x, y))
     loss = -(pairs * _log(sure)).sum()
     error = pairs * (sure - 1)
     gx, gy = self._dot('nij,njd->nid', error, y), self._dot('nij,nid->njd', error, x)
     count = pairs.sum(2)
-    more = self._shared if self.shared else self._own
-    extra, gx_more, wrong_ids, gu, terms = more(tables['output'], walks, ids, x, pairs, negatives)
+    if self.shared:
+      more = self._shared(tables['output'], ids, centres, x, pairs, negatives)
+    else:
+      more = self._own(tables['output'], walks, x, negatives, halo)
     dim = x.shape[-1]
-    rows_in = Rows(ids.reshape(-1), (gx + gx_more).reshape(-1, dim),
+    rows_in = Rows(centres.reshape(-1), (gx + more.to_centres).reshape(-1, dim),
                    (count * (1 + self.negatives)).reshape(-1))
-    rows_out = Rows(jnp.concatenate([ids.reshape(-1), wrong_ids.reshape(-1)]),
-                    jnp.concatenate([gy.reshape(-1, dim), gu.reshape(-1, dim)]),
-                    jnp.concatenate([count.reshape(-1), terms.reshape(-1)]))
-    return rows_in, rows_out, loss + extra, count.sum()
+    rows_out = Rows(jnp.concatenate([ids.reshape(-1), more.rows.ids.reshape(-1)]),
+                    jnp.concatenate([gy.reshape(-1, dim), more.rows.gradients.reshape(-1, dim)]),
+                    jnp.concatenate([pairs.sum(1).reshape(-1), more.rows.terms.reshape(-1)]))
+    return rows_in, rows_out, loss + more.loss, count.sum()
 
-  def _shared(self, output, walks, ids, x, pairs, negatives):
+  def _shared(self, output, ids, centres, x, pairs, negatives) -> '_Negative':
     """Every centre against the same negatives, each weighed for the pairs that it stands for."""
     u = self._rows(output, negatives.reshape(-1))
     groups = len(self.groups.first)
-    if self.kind == 'all':
-      weights = pairs.sum(2, keepdims=True)
-    else:
-      own = jax.nn.one_hot(self.groups.of(ids), groups)
-      weights = (self._dot('nij,njg->nig', pairs, own) if self.kind == 'context'
-                 else pairs.sum(2, keepdims=True) * own)
+    weights = pairs.sum(2, keepdims=True)
+    if self.kind == 'context':
+      weights = self._dot('nij,njg->nig', pairs, jax.nn.one_hot(self.groups.of(ids), groups))
+    elif self.kind == 'centre':
+      weights = weights * jax.nn.one_hot(self.groups.of(centres), groups)
     weights = jnp.repeat(weights * (self.negatives / self.per_group), self.per_group, axis=2)
     right = jax.nn.sigmoid(-self._dot('nid,sd->nis', x, u))
     error = weights * (1 - right)
-    del walks
-    return (-(weights * _log(right)).sum(), self._dot('nis,sd->nid', error, u), negatives,
-            self._dot('nis,nid->sd', error, x), weights.sum((0, 1)))
+    rows = Rows(negatives, self._dot('nis,nid->sd', error, x), weights.sum((0, 1)))
+    return _Negative(-(weights * _log(right)).sum(), self._dot('nis,sd->nid', error, u), rows)
 
-  def _own(self, output, walks, ids, x, pairs, negatives):
+  def _own(self, output, walks, x, negatives, halo) -> '_Negative':
     """Every pair against its own negatives."""
-    del ids, pairs
-    contexts = self._contexts(walks)
-    weights = jnp.broadcast_to(((contexts >= 0) & (walks >= 0)[..., None])[..., None],
-                               negatives.shape)
+    contexts = self._contexts(walks, halo)
+    weights = (contexts >= 0) & (_centres(walks, halo) >= 0)[..., None]
+    weights = jnp.broadcast_to(weights[..., None], negatives.shape)
     if self.kind == 'all':
       # As in the authors' code, which only in ++ mode lets a negative be the context itself.
       weights = weights & (negatives != contexts[..., None])
@@ -197,11 +201,11 @@ class Objective:
     u = self._rows(output, flat(negatives))
     right = jax.nn.sigmoid(-self._dot('nid,nipd->nip', x, u))
     error = weights * (1 - right)
-    return (-(weights * _log(right)).sum(), self._dot('nip,nipd->nid', error, u), negatives,
-            error[..., None] * x[:, :, None].astype(jnp.float32), weights)
+    rows = Rows(negatives, error[..., None] * x[:, :, None].astype(jnp.float32), weights)
+    return _Negative(-(weights * _log(right)).sum(), self._dot('nip,nipd->nid', error, u), rows)
 
-  def _band(self, tokens: int) -> np.ndarray:
-    apart = abs(np.arange(tokens)[:, None] - np.arange(tokens))
+  def _band(self, tokens: int, halo: int) -> np.ndarray:
+    apart = abs(np.arange(halo, tokens - halo)[:, None] - np.arange(tokens))
     return ((apart <= self.window) & (apart > 0)).astype(np.float32)
 
   def _rows(self, table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -211,11 +215,40 @@ class Objective:
     return jnp.einsum(form, a.astype(self.dtype), b.astype(self.dtype),
                       preferred_element_type=jnp.float32)
 
-  def loss(self, tables: Mapping[str, jax.Array], walks: jax.Array,
-           negatives: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def loss(self, tables: Mapping[str, jax.Array], walks: jax.Array, negatives: jax.Array,
+           halo: int = 0) -> tuple[jax.Array, jax.Array]:
     """The mean loss a pair, and the number of pairs: what `gradients` is of, times that number."""
-    *_, loss, pairs = self.gradients(tables, walks, negatives)
+    *_, loss, pairs = self.gradients(tables, walks, negatives, halo)
     return loss / jnp.maximum(pairs, 1), pairs
+
+
+class _Negative(NamedTuple):
+  """What negatives add: to the loss, to the gradients of centres, and rows of their own."""
+  loss: jax.Array
+  to_centres: jax.Array
+  rows: Rows
+
+
+def _centres(x: jax.Array, halo: int) -> jax.Array:
+  """The columns of `[walks, tokens]` that are centres."""
+  return x[:, halo:x.shape[1] - halo]
+
+
+def pieces(walks: jax.Array, length: int, halo: int) -> jax.Array:
+  """Cuts walks into pieces, for updates that see a few tokens of many walks.
+
+  Args:
+    walks: int32 `[..., tokens]`.
+    length: centres of a piece.
+    halo: tokens of the walk before and after them that are contexts.
+
+  Returns:
+    int32 `[pieces, ..., length + 2 halo]`, -1 where there is none.
+  """
+  count = -(-walks.shape[-1] // length)
+  padding = [(0, 0)] * (walks.ndim - 1) + [(halo, halo + count * length - walks.shape[-1])]
+  padded = jnp.pad(walks, padding, constant_values=-1)
+  return jnp.stack([padded[..., at * length:(at + 1) * length + 2 * halo] for at in range(count)])
 
 
 def _log(chance: jax.Array) -> jax.Array:

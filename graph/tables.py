@@ -1,22 +1,17 @@
-"""Tables: what the readers of all formats leave, and how they read lines and numbers."""
+"""Tables: what the readers of all formats leave, and how they read rows and numbers."""
 
 import collections
-import contextlib
 import dataclasses
-import gzip
 import itertools
 import math
-import os
 import pathlib
-import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
 from core import config as config_lib
 from core.config import UserError
+from core.data.text_files import lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,49 +130,6 @@ def label_arrays(table: Table) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]
 
 
 # --- Reading -------------------------------------------------------------------------------------
-
-
-def lines(path: pathlib.Path, encoding: str = 'utf-8') -> Iterator[tuple[int, str]]:
-  """The lines of a text file (`.gz`: compressed), without their ends, and their numbers from 1.
-
-  Lines end with '\\n' or '\\r\\n' alone: names may hold Unicode's other ends of lines.
-
-  Args:
-    path: the file.
-    encoding: 'utf-8', or one in which every byte is a character.
-
-  Raises:
-    UserError: the file is not there, cannot be read, is no gzip file or is cut short; a line is not
-      UTF-8 or has a byte of value 0, and the message has its number.
-  """
-  try:
-    with contextlib.ExitStack() as stack:
-      raw = stack.enter_context(path.open('rb'))
-      bar = stack.enter_context(tqdm.tqdm(
-          total=os.fstat(raw.fileno()).st_size, desc=f'read {path.name}', unit='B',
-          unit_scale=True, delay=5, mininterval=.5 if sys.stderr.isatty() else 30))
-      file = stack.enter_context(gzip.open(raw)) if path.suffix == '.gz' else raw
-      for number, line in enumerate(file, 1):
-        if not number % 2**16:
-          bar.update(raw.tell() - bar.n)  # Of a compressed file, bytes as they are on disk.
-        try:
-          text = line.decode(encoding)
-        except UnicodeDecodeError as e:
-          raise UserError(f'{path}:{number}: byte {e.start + 1} of the line, '
-                          f'0x{line[e.start]:02x}, is not UTF-8; convert the file, e.g. with iconv '
-                          '-t UTF-8') from e
-        if '\0' in text:
-          raise UserError(f'{path}:{number}: a byte of value 0; is this a text file?')
-        if number == 1:
-          text = text.removeprefix('\ufeff')  # Which Windows programs write.
-        yield number, text.removesuffix('\n').removesuffix('\r')
-      bar.update(raw.tell() - bar.n)
-  except FileNotFoundError as e:
-    raise UserError(f'{path}: no such file') from e
-  except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-    raise UserError(f'{path}: not a gzip file, or one that is cut short or damaged') from e
-  except OSError as e:
-    raise UserError(f'{path}: cannot be read ({e.strerror})') from e
 
 
 def rows(path: pathlib.Path, columns: Sequence[str],

@@ -21,8 +21,9 @@ import tqdm
 from core import config as config_lib
 from core import task as task_lib
 from core.config import UserError
+from core.data import text_files
 from core.weights import appearing
-from graph import network, tables, walks
+from graph import network, walks
 
 FILE, ABOUT = 'walks.npy', 'walks.json'
 
@@ -36,8 +37,8 @@ def write(path: pathlib.Path, tokens: np.ndarray, blocks: Iterator[np.ndarray],
   Args:
     path: the file.
     tokens: str `[nodes]`, of each node.
-    blocks: int32 `[n, tokens]` each, -1 where there is none. Walks of one node, which nothing can be
-      learned from, are left out.
+    blocks: int32 `[n, tokens]` each, -1 where there is none. Walks of one node, which nothing can
+      be learned from, are left out.
     total: walks in all, for the progress.
   """
   names = tokens.astype(object)
@@ -64,12 +65,12 @@ def read(path: pathlib.Path, graph: network.Graph, length: int) -> np.ndarray:
   """
   ids = {token: at for at, token in enumerate(graph.tokens.tolist())}
   pieces = []
-  for number, line in tables.lines(path):
+  for number, line in text_files.lines(path):
     try:
       walk = [ids[token] for token in line.split()]
     except KeyError as e:
-      raise UserError(f'{path}:{number}: {e.args[0]!r} is no node of the graph; its tokens look like '
-                      f'{graph.tokens[0]!r} and {graph.tokens[-1]!r}') from e
+      raise UserError(f'{path}:{number}: {e.args[0]!r} is no node of the graph; its tokens look '
+                      f'like {graph.tokens[0]!r} and {graph.tokens[-1]!r}') from e
     for start in range(0, len(walk), length):
       piece = np.full(length, -1, np.int32)
       some = walk[start:start + length]
@@ -95,20 +96,23 @@ def prepare(config: ml_collections.ConfigDict, graph: network.Graph,
     temporary.write_text(json.dumps(about) + '\n')
 
 
-def find(config: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> np.ndarray:
-  """What `prepare` left, int32 `[walks, length]`; it stays on disk until it is read.
+def find(config: ml_collections.ConfigDict, workdir: pathlib.Path | None,
+         nodes: int) -> np.ndarray:
+  """What `prepare` left, ids below `nodes`: int32 `[walks, length]`, whose pages stay on disk.
 
   Raises:
     UserError: it is not there, is damaged, or is of another file.
   """
   if workdir is None or not (workdir / ABOUT).exists():
-    raise UserError(f'config.data.walks={config.data.walks!r} has not been read yet; --mode=prepare '
-                    'with a --workdir does it')
+    raise UserError(f'config.data.walks={config.data.walks!r} has not been read yet; '
+                    '--mode=prepare with a --workdir does it')
   _check(workdir, _about(config))
   try:
     found = np.load(workdir / FILE, mmap_mode='r', allow_pickle=False)
     if found.dtype != np.int32 or found.ndim != 2 or found.shape[1] != config.model.length:
       raise ValueError(f'{found.dtype}{list(found.shape)}')
+    if found.max(initial=-1) >= nodes:
+      raise ValueError(f'node {found.max()} of {nodes}')
   except (OSError, ValueError, EOFError) as e:
     raise UserError(f'{workdir / FILE}: damaged ({e}); remove it and {ABOUT}, and --mode=prepare '
                     'makes them anew') from e

@@ -19,14 +19,13 @@ import functools
 import math
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 import numpy as np
-import tqdm
 
 from core.config import UserError
+from core.data import text_files
 
 ENDINGS = ('.txt', '.inter', '.tsv', '.csv')
 
@@ -67,13 +66,7 @@ def read(path: str | os.PathLike, columns: ml_collections.ConfigDict) -> Table:
   if ending not in ENDINGS:
     raise UserError(f'{path}: a file of interactions ends with {", ".join(ENDINGS)}, which says '
                     'how it is written')
-  try:
-    with path.open('rb') as file, tqdm.tqdm(
-        total=path.stat().st_size, desc=f'read {path.name}', unit='B', unit_scale=True, delay=5,
-        mininterval=.5 if sys.stderr.isatty() else 30) as bar:
-      return _read(path, _lines(path, file, bar), ending, columns)
-  except OSError as e:
-    raise UserError(f'{path}: cannot be read ({e.strerror})') from e
+  return _read(path, ending, columns)
 
 
 def time_parser(first: str) -> Callable[[str], float]:
@@ -113,28 +106,8 @@ def _date(text: str) -> float:
   return (time - _EPOCH).total_seconds()
 
 
-def _lines(path: pathlib.Path, file: Iterable[bytes], bar: tqdm.tqdm) -> Iterator[str]:
-  """Lines as text with their ends, which are '\\n' alone: names may hold Unicode's other ones."""
-  done = 0
-  for number, line in enumerate(file, 1):
-    done += len(line)
-    if not number % 2**16:
-      bar.update(done)
-      done = 0
-    try:
-      text = line.decode('utf-8')
-    except UnicodeDecodeError as e:
-      raise UserError(f'{path}:{number}: byte {e.start + 1} of the line, 0x{line[e.start]:02x}, is '
-                      'not UTF-8; convert the file, e.g. with iconv -t UTF-8') from e
-    if '\0' in text:  # numpy's strings would lose it.
-      raise UserError(f'{path}:{number}: a byte of value 0; is this a text file in UTF-8?')
-    yield text.removeprefix('\ufeff') if number == 1 else text  # Which Windows programs write.
-  bar.update(done)
-
-
-def _read(path: pathlib.Path, lines: Iterator[str], ending: str,
-          columns: ml_collections.ConfigDict) -> Table:
-  rows = _rows(path, lines, ending)
+def _read(path: pathlib.Path, ending: str, columns: ml_collections.ConfigDict) -> Table:
+  rows = _rows(path, ending)
   if ending == '.txt':
     where, width, like = (0, 1, None), 2, "'user item', as in every .txt"
   else:
@@ -171,21 +144,21 @@ def _read(path: pathlib.Path, lines: Iterator[str], ending: str,
   return Table(users, items, None if time_at is None else np.array(times, np.float64))
 
 
-def _rows(path: pathlib.Path, lines: Iterator[str],
-          ending: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: pathlib.Path, ending: str) -> Iterator[tuple[int, list[str]]]:
   """The fields of each row, and the number of its (last) line."""
+  lines = text_files.lines(path)
   if ending == '.csv':
-    reader = csv.reader(lines, strict=True)
+    # With their ends: a field may go on in the next line.
+    reader = csv.reader((text + '\n' for _, text in lines), strict=True)
     try:
       for row in reader:
         yield reader.line_num, row
     except csv.Error as e:
       raise UserError(f'{path}:{reader.line_num}: not comma-separated values: {e}') from e
-  elif ending == '.txt':
-    yield from enumerate(map(str.split, lines), 1)
   else:
-    for number, line in enumerate(lines, 1):
-      yield number, line.rstrip('\r\n').split('\t')
+    separator = None if ending == '.txt' else '\t'
+    for number, text in lines:
+      yield number, text.split(separator)
 
 
 def _untyped(path: pathlib.Path, field: str) -> str:

@@ -19,8 +19,6 @@ import json
 import pathlib
 import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +28,7 @@ import tqdm
 from absl import logging
 
 from core.config import UserError
-from core.data import sources
-from core.weights import appearing
+from core.data import kept, sources
 from recsys import interactions
 
 FILE = 'log.npz'
@@ -79,10 +76,8 @@ class Log:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as temporary, temporary.open('wb') as file:
-      np.savez(file, **{field.name: np.asarray(getattr(self, field.name))
-                        for field in dataclasses.fields(self)})
+    kept.save(path, {field.name: np.asarray(getattr(self, field.name))
+                     for field in dataclasses.fields(self)})
 
 
 def load(path: pathlib.Path) -> Log:
@@ -91,9 +86,8 @@ def load(path: pathlib.Path) -> Log:
   Raises:
     UserError: no such file, a damaged one, or arrays that do not belong together.
   """
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      found = {field.name: arrays[field.name] for field in dataclasses.fields(Log)}
+  with kept.opened(path, 'log') as arrays:
+    found = {field.name: arrays[field.name] for field in dataclasses.fields(Log)}
     kinds = ''.join(value.dtype.kind for value in found.values())
     log = Log(**found | {'made_of': str(found['made_of'])})
     if kinds != 'UUiiU' or {a.ndim for a in (log.users, log.items, log.events, log.starts)} != {1}:
@@ -102,13 +96,6 @@ def load(path: pathlib.Path) -> Log:
         or (np.diff(log.starts) < 1).any() or log.events.min() < 1
         or log.events.max() > len(log.items)):
       raise ValueError('arrays that do not belong together')
-  except FileNotFoundError as e:
-    raise UserError(f'{path}: no such file; --mode=prepare makes it') from e
-  # What numpy and zipfile raise for what is cut short, changed or something else altogether.
-  except (ValueError, KeyError, OSError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile,
-          zlib.error) as e:
-    raise UserError(f'{path}: damaged, or no log that --mode=prepare wrote; remove it and that '
-                    'makes it anew') from e
   return log
 
 
@@ -190,11 +177,10 @@ def find(data: ml_collections.ConfigDict, workdir: pathlib.Path | None) -> Log:
   if data.name == 'markov':
     from recsys import markov  # It makes its log with `build`.
     return markov.log()
-  path = workdir / FILE if workdir else None
-  if path is None or not path.exists():
+  if workdir is None or not (workdir / FILE).exists():
     return _make(data)
-  log = load(path)
-  _check_same(path, log.made_of, data)
+  log = load(workdir / FILE)
+  kept.check_same(workdir / FILE, log.made_of, _settings(data))
   return log
 
 
@@ -233,19 +219,6 @@ def _settings(data: ml_collections.ConfigDict) -> dict[str, Any]:
   """What a log depends on."""
   return {'name': data.name, 'split': data.split, 'columns': data.columns.to_dict(),
           **{key: data[key] for key in _FILTERS}}
-
-
-def _check_same(path: pathlib.Path, made_of: str, data: ml_collections.ConfigDict) -> None:
-  try:
-    before, now = json.loads(made_of), _settings(data)
-    different = [f'{key}={before[key]!r} (now {now[key]!r})' for key in now
-                 if before[key] != now[key]]
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{path} does not say what it was made of; remove it and --mode=prepare makes '
-                    'it anew') from e
-  if different:
-    raise UserError(f'{path} was made with config.data.{", ".join(different)}; use another '
-                    '--workdir')
 
 
 def _read_tfds(data: ml_collections.ConfigDict) -> tuple[interactions.Table, int]:

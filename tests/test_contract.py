@@ -61,7 +61,7 @@ def test_specs_are_what_the_pipeline_gives(paper, smoke, prepared):
 def test_loss_falls_when_one_batch_is_memorised(paper, smoke, prepared):
   config = smoke(paper)
   config.steps = '40 steps'
-  config.optim.lr = 3e-3
+  config.optim.lr = max(config.optim.lr, 3e-3)
   config.optim.schedule.name = 'constant'
   plan = make_plan(config, workdir=prepared(paper))
   _, batch, rows = _first_batch(plan)

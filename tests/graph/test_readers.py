@@ -134,27 +134,6 @@ def test_headers_that_are_wrong(tmp_path, header, words):
     read(write(tmp_path, header=header))
 
 
-def test_files_that_are_not_text_or_not_there(tmp_path):
-  name = write(tmp_path)
-  edges_ = tmp_path / 'edges.tsv'
-  text = edges_.read_bytes()
-  edges_.write_bytes(text + 'a\tb\t\u00e9\n'.encode('latin-1'))
-  with pytest.raises(UserError, match=r'edges\.tsv:4: byte 5 of the line, 0xe9, is not UTF-8'):
-    read(name)
-  edges_.unlink()
-  with pytest.raises(UserError, match=r'edges\.tsv: no such file'):
-    read(name)
-  edges_.mkdir()
-  with pytest.raises(UserError, match=r'edges\.tsv: cannot be read \(Is a directory'):
-    read(name)
-  edges_.rmdir()
-  packed = tmp_path / 'edges.tsv.gz'
-  for damaged in (text, gzip.compress(text)[:-9], gzip.compress(text)[:25] + b'!' * 60):
-    packed.write_bytes(damaged)
-    with pytest.raises(UserError, match=r'edges\.tsv\.gz: not a gzip file, or one that is cut'):
-      read(name)
-
-
 # --- dat -----------------------------------------------------------------------------------------
 
 

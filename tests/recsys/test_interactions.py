@@ -33,10 +33,9 @@ def test_authors_text_has_no_header_and_no_times(tmp_path):
      '242\t196\t3\t881250949\n302\t"b c\t4\t8.5\n'),
     ('a.tsv', 'item_id\tuser_id\trating\ttimestamp\n242\t196\t3\t881250949\n302\t"b c\t4\t8.5\n'),
     ('a.CSV', 'item_id,user_id,rating,timestamp\n242,196,"1,\n2",881250949\n302,"""b c",4,8.5\n')])
-@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
 @pytest.mark.parametrize('end', ['\n', '\r\n'])
-def test_headers_name_columns_in_any_order(tmp_path, name, content, mark, end):
-  content = mark + content.replace('\n', end).encode()
+def test_headers_name_columns_in_any_order(tmp_path, name, content, end):
+  content = content.replace('\n', end)
   assert rows(read(tmp_path / name, content)) == [('196', '242', 881250949.), ('"b c', '302', 8.5)]
   assert read(tmp_path / name, time_column='').times is None
 
@@ -85,8 +84,6 @@ HEAD = 'user_id\titem_id\ttimestamp\n'
     ('a.txt', '1 2\n\n', r"a\.txt:2: 0 fields"),
     ('a.txt', '1 2 3\n', r"a\.txt:1: 3 fields"),
     ('a.txt', b'1 2\n1 \xfc\n', r'a\.txt:2: byte 3 of the line, 0xfc, is not UTF-8; .* iconv'),
-    ('a.txt', '1 2\n'.encode('utf-16'), r'a\.txt:1: .* is not UTF-8'),
-    ('a.txt', '1 2\n'.encode('utf-16-le'), r'a\.txt:1: a byte of value 0'),
     ('a.tsv', '', 'a.tsv has no header; a .tsv begins with one line of names'),
     ('a.csv', '\n1,2,3\n', 'a.csv has no header'),
     ('a.tsv', '\n1\t2\t3\n', 'a.tsv has no header'),
