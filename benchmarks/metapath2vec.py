@@ -91,9 +91,10 @@ def sample(data: str, folder: pathlib.Path) -> dict:
   a large product of float32 matrices at best."""
   plan, batches = ready(data, folder, 'ours', 'device')
   task, key, state = plan.task, jax.random.key(0), plan.init(jax.random.key(0))
-  firsts, every = [one.first for one in task.csrs], walks.device_arrays(task.csrs)
-  from_all = jax.jit(lambda *args: walks.sample(*args, firsts, task.route))
-  starts, every = jax.device_put((task.starts, every))
+  trip, = task.trips
+  firsts, every = trip.firsts, [walks.device_arrays(one) for one in trip.csrs]
+  from_all = jax.jit(lambda *args: walks.sample(*args, firsts, trip.route))
+  starts, every = jax.device_put((trip.starts, every))
   batch_walks, product = plan.jit(task.walks), jax.jit(lambda a: a @ a)
   square = jax.random.normal(key, (2048, 2048))
 
@@ -136,9 +137,9 @@ def leave(task, folder: pathlib.Path, walks_each: int) -> np.ndarray:
   types = 'author', 'paper', 'venue'
   first = [task.graph.nodes_of(name).start for name in types]
   edges = [np.stack([np.repeat(np.arange(len(one.ptr) - 1), np.diff(one.ptr)), one.col - to])
-           for one, to in zip(task.csrs, first[1:])]
+           for one, to in zip(task.trips[0].csrs, first[1:])]
   np.savez(folder / 'graph.npz', sizes=np.array([task.sizes[name] for name in types]),
-           author_paper=edges[0], paper_venue=edges[1], starts=task.starts - np.int64(first[0]))
+           author_paper=edges[0], paper_venue=edges[1], starts=task.trips[0].starts - np.int64(first[0]))
   return found
 
 
@@ -157,8 +158,8 @@ def make_turns(args: argparse.Namespace, task, folder: pathlib.Path) -> dict:
            ("walks: the authors' way", 1): lambda: gensim('authors_walks', steps=400_000),
            ('walks: ours, host', 1): lambda: {
                'seconds': seconds_of(
-                   lambda: walks.sample_host(rng, task.starts, task.csrs, task.route)),
-               'steps': len(task.starts) * (LENGTH - 1)}}
+                   lambda: task.trips[0].sample_host(rng, task.trips[0].starts)),
+               'steps': len(task.trips[0].starts) * (LENGTH - 1)}}
 
   def add(name, threads, ask, do, **what):
     turns[name, threads] = lambda: ask(do, **what)

@@ -28,7 +28,7 @@ DATASETS = {
     # The four areas of DBLP.
     'dblp': dict(name='dat:dblp', metapath='author-paper-venue-paper-author', walks=5,
                  types={'conference': 'venue', 'type': 'term'}),
-    'debian': dict(name='tsv:debian_graph', metapath='package-maintainer-package-tag-package',
+    'debian': dict(name='tsv:debian_graph', metapath='PMP,PTP',
                    walks=2, shares=(.1, .5), repeats=3, clusterings=3, max_nodes=10_000),
     # Genres are what films are labelled with, so the relation that says them is left out.
     'films': dict(name='kg:ml-100k.kg', metapath='film-actor-film', walks=20,
@@ -124,9 +124,9 @@ def _planted(smoke: bool) -> ml_collections.ConfigDict:
     common.smoke(config)
     config.update(dict(batch_size=8))
     config.data.block = 4
-    config.model.update(dict(dim=16, length=24, window=3, walks_per_update=2, piece=6,
+    config.model.update(dict(dim=16, length=12, window=3, walks_per_update=2, piece=6,
                              shared_negatives=48, row_cap=64.))
-    config.optim.lr = .1  # Few tokens must do.
+    config.optim.lr = .15  # Few tokens must do.
     config.eval.update(dict(shares=(.2, .5), repeats=2, clusterings=2))
   return config
 

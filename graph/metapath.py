@@ -7,6 +7,8 @@
   package-[depends]-package              either way
   *                                      no types: any edge either way (DeepWalk)
 
+Several paths have a comma between them, and walks take them by turns: PMP,PTP.
+
 A path that ends with the type it begins with is repeated: its last node is the first of the next
 round, so APVPA walks A P V P A P V P A ... (section 3.2).
 """

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import linen as nn
 
 from core import partition, step, task
 from core.config import UserError, choose
-from graph import evaluation, metapath, neighbours, network, pictures, skipgram, vectors
-from graph import walk_files, walks
+from graph import evaluation, metapath, neighbours, network, pictures, skipgram, trips, vectors
+from graph import walk_files
 
 SAMPLERS = ('device', 'host')
 EXPORTS = ('text', 'binary')
@@ -42,27 +41,6 @@ class Tables(nn.Module):
     self.param('output', split(nn.initializers.zeros, None), shape)
     self.param('counts', split(nn.initializers.zeros), (self.rows,), jnp.int32)
     return table[ids]
-
-
-class Blocks:
-  """Examples for training: `block` walks each, by the nodes that they start at, or as read.
-
-  The nodes of a block are far apart in the order of the graph, so that a batch of a few blocks is
-  of all of it. Where they do not come out even, -1 fills up.
-  """
-
-  def __init__(self, items: np.ndarray, block: int, name: str):
-    self._items, self._block, self._name = items, block, name
-    self._blocks = -(-len(items) // block)
-
-  def __len__(self) -> int:
-    return self._blocks
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    some = np.asarray(self._items[index::self._blocks])
-    filled = np.full((self._block, *some.shape[1:]), -1, np.int32)
-    filled[:len(some)] = some
-    return {self._name: filled}
 
 
 class Task(task.Task):
@@ -138,36 +116,11 @@ class Task(task.Task):
     return metapath.links_of(self.graph.relations)
 
   @functools.cached_property
-  def _path(self) -> metapath.MetaPath:
-    return metapath.parse(self.config.model.metapath, tuple(self.sizes), self._links)
-
-  @functools.cached_property
-  def route(self) -> walks.Route:
-    """How walks go."""
+  def trips(self) -> list[trips.Trip]:
+    """What walks go along."""
     model = self.config.model
-    return walks.route(self._path, model.length, model.keep, self._links)
-
-  @functools.cached_property
-  def csrs(self) -> list[walks.Csr]:
-    """Of every step of the path; steps that are the same share theirs."""
-    found = {one: walks.csr(self.graph, one) for one in dict.fromkeys(self._path.steps)}
-    return [found[one] for one in self._path.steps]
-
-  @functools.cached_property
-  def starts(self) -> np.ndarray:
-    """int32 ids of the nodes that walks start at: of the first type, those that have an edge."""
-    first = self.csrs[0]
-    begin = 0 if not self._path.types else self.graph.nodes_of(self._path.types[0]).start
-    degree = np.diff(first.ptr)
-    found = (np.flatnonzero(degree) + begin).astype(np.int32)
-    if not len(found):
-      raise UserError(f'config.model.metapath={self._path.text!r}: no node has an edge of its '
-                      'first step')
-    if alone := len(degree) - len(found):
-      logging.info('%d of %d nodes have no edge of the first step of %s: no walk starts there, and '
-                   'they get an embedding only where one comes by', alone, len(degree),
-                   self._path.text)
-    return found
+    return trips.make(model.metapath, model.length, model.keep, self._links, self.sizes,
+                      lambda: self.graph)
 
   @functools.cached_property
   def expected(self) -> np.ndarray:
@@ -181,13 +134,13 @@ class Task(task.Task):
                           f'among {", ".join(self._group_names)}; name its types in '
                           'config.model.keep')
     else:
-      found = walks.visits(self.csrs, self.starts, self.route, len(self.graph))
+      found = sum(trip.visits() for trip in self.trips)
     for first, size, name in zip(self._groups.first, self._groups.size, self._group_names):
       if not found[first:first + size].any():
         if self.config.data.walks:
           raise UserError(f'{self.config.data.walks} has no node of type {name!r}; name its types '
                           'in config.model.keep')
-        raise UserError(f'no walk along {self._path.text!r} ever comes to '
+        raise UserError(f'no walk along {self.config.model.metapath!r} ever comes to '
                         f'{f"a node of type {name!r}" if name else "a node"}, so there is nothing '
                         'to draw its negatives from')
     return found
@@ -196,8 +149,8 @@ class Task(task.Task):
   def _group_names(self) -> list[str]:
     if self.config.model.negatives_from == 'all':
       return ['']
-    return [name for name in self.sizes
-            if name in (self.config.model.keep or self._path.types or self.sizes)]
+    on_paths = {name for trip in self.trips for name in trip.route.path.types or self.sizes}
+    return [name for name in self.sizes if name in (self.config.model.keep or on_paths)]
 
   @functools.cached_property
   def _groups(self) -> skipgram.Groups:
@@ -224,13 +177,14 @@ class Task(task.Task):
   def dataset(self, split):
     choose('split', split, ('train',))
     if self.config.data.walks:
-      return Blocks(self._written, self.config.data.block, 'walks')
-    return Blocks(self.starts, self.config.data.block, 'starts')
+      return trips.Blocks([self._written], self.config.data.block, 'walks')
+    return trips.Blocks([trip.starts for trip in self.trips], self.config.data.block, 'starts')
 
   def transform(self, example, rng, train):
     del train
     if 'starts' in example and self.config.data.sampler == 'host':
-      return {'walks': walks.sample_host(rng, example['starts'], self.csrs, self.route)}
+      trip = self.trips[example.get('trip', 0)]
+      return {'walks': trip.sample_host(rng, example['starts'])}
     return example
 
   # What the step computes.
@@ -241,17 +195,12 @@ class Task(task.Task):
     if self.config.data.sampler == 'host' or self.config.data.walks:
       return {'walks': jax.ShapeDtypeStruct((*shape, self.config.model.length), np.int32),
               'mask': mask}
-    return {'starts': jax.ShapeDtypeStruct(shape, np.int32), 'mask': mask}
+    by_turns = {'trip': jax.ShapeDtypeStruct((batch_size,), np.int32)} if self.trips[1:] else {}
+    return {'starts': jax.ShapeDtypeStruct(shape, np.int32), **by_turns, 'mask': mask}
 
   @property
   def _on_device(self) -> bool:
     return self.config.data.sampler == 'device' and not self.config.data.walks
-
-  @property
-  def _distinct(self) -> list[int]:
-    """For each step of the path, which of the different steps it is."""
-    different = list(dict.fromkeys(self._path.steps))
-    return [different.index(one) for one in self._path.steps]
 
   def resident_spec(self):
     found = {'accept': jax.ShapeDtypeStruct((self.nodes,), np.float32),
@@ -259,8 +208,7 @@ class Task(task.Task):
     if self.config.model.sample:
       found['kept'] = jax.ShapeDtypeStruct((self.nodes,), np.float32)
     if self._on_device:
-      for at, spec in zip(self._distinct, walks.device_spec(self._path, self._links, self.sizes)):
-        found |= {f'{name}_{at}': one for name, one in spec.items()}
+      found |= trips.device_spec(self.trips, self._links, self.sizes)
     return found
 
   def resident(self):
@@ -269,8 +217,7 @@ class Task(task.Task):
     if self.config.model.sample:
       found['kept'] = skipgram.kept(self.expected, self.config.model.sample)
     if self._on_device:
-      for at, arrays in zip(self._distinct, walks.device_arrays(self.csrs)):
-        found |= {f'{name}_{at}': array for name, array in arrays.items()}
+      found |= trips.device_arrays(self.trips)
     return found
 
   @functools.cached_property
@@ -295,25 +242,12 @@ class Task(task.Task):
     """The walks of a batch, int32 `[walks, tokens]`, -1 behind dead ends and for dropped tokens."""
     drawn, dropped = jax.random.split(key)
     if self._on_device:
-      starts = batch['starts'].reshape(-1)
-      arrays = [{name: batch[f'{name}_{at}'] for name in ('ptr', 'col', 'cum')
-                 if f'{name}_{at}' in batch} for at in self._distinct]
-      firsts = [self._first(one) for one in self._path.steps]
-      found = walks.sample(drawn, starts, arrays, firsts, self.route)
+      found = trips.sample(drawn, self.trips, batch)
     else:
       found = batch['walks'].reshape(-1, self.config.model.length)
     if self.config.model.sample:
       found = skipgram.subsample(dropped, found, batch['kept'])
     return partition.constrain(found, ('batch', None))
-
-  def _first(self, one: metapath.Step) -> int:
-    """Id of the first node that a step may leave."""
-    if one.relation < 0:
-      return 0
-    link = self._links[one.relation]
-    types = list(self.sizes)
-    at = types.index(link.target if one.direction == '<' else link.source)
-    return sum(list(self.sizes.values())[:at])
 
   def loss(self, params, batch, rng, train):
     del train

@@ -23,7 +23,7 @@ from core import task as task_lib
 from core.config import UserError
 from core.data import text_files
 from core.weights import appearing
-from graph import network, walks
+from graph import network
 
 FILE, ABOUT = 'walks.npy', 'walks.json'
 
@@ -143,9 +143,10 @@ def drawn(task, walks_each: int, seed: int) -> Iterator[np.ndarray]:
   """
   rng = np.random.default_rng(seed)
   for _ in range(walks_each):
-    order = rng.permutation(task.starts)
-    for begin in range(0, len(order), _AT_ONCE):
-      yield walks.sample_host(rng, order[begin:begin + _AT_ONCE], task.csrs, task.route)
+    for trip in task.trips:
+      order = rng.permutation(trip.starts)
+      for begin in range(0, len(order), _AT_ONCE):
+        yield trip.sample_host(rng, order[begin:begin + _AT_ONCE])
 
 
 def _bar(what: str, total: int) -> tqdm.tqdm:
@@ -165,15 +166,15 @@ def main(argv: Sequence[str]) -> int:
     if args.walks < 1:
       raise UserError(f'--walks={args.walks}; it must be at least 1')
     task = task_lib.load(config_lib.from_flags(args.config, more))
-    write(args.out, task.graph.tokens, drawn(task, args.walks, args.seed),
-          args.walks * len(task.starts))
+    total = args.walks * sum(len(trip.starts) for trip in task.trips)
+    write(args.out, task.graph.tokens, drawn(task, args.walks, args.seed), total)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
   except OSError as e:
     print(f'error: {args.out}: cannot be written ({e.strerror})', file=sys.stderr)
     return 2
-  print(f'{args.walks * len(task.starts):,} walks in {args.out}')
+  print(f'{total:,} walks in {args.out}')
   return 0
 
 

@@ -189,43 +189,39 @@ def sample_host(rng: np.random.Generator, starts: np.ndarray, csrs: Sequence[Csr
   return walks
 
 
-def device_arrays(csrs: Sequence[Csr]) -> list[dict[str, np.ndarray]]:
-  """What `sample` reads of each.
+def device_arrays(one: Csr) -> dict[str, np.ndarray]:
+  """What `sample` reads of a step.
 
   Raises:
     UserError: more edges than a device counts.
   """
-  for one in csrs:
-    if len(one.col) >= _LIMIT:
-      raise UserError(f'a step of the meta-path has {len(one.col):,} edges, and a device counts to '
-                      f"2^31; use --config.data.sampler='host'")
-  return [{'ptr': one.ptr.astype(np.int32), 'col': one.col,
-           **({} if one.cum is None else {'cum': one.cum})} for one in csrs]
+  if len(one.col) >= _LIMIT:
+    raise UserError(f'a step of the meta-path has {len(one.col):,} edges, and a device counts to '
+                    f"2^31; use --config.data.sampler='host'")
+  return {'ptr': one.ptr.astype(np.int32), 'col': one.col,
+          **({} if one.cum is None else {'cum': one.cum})}
 
 
-def device_spec(path: MetaPath, links: Sequence[Link],
-                sizes: Mapping[str, int]) -> list[dict[str, jax.ShapeDtypeStruct]]:
+def device_spec(step: Step, links: Sequence[Link],
+                sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of `device_arrays` for a graph of which only sizes are known.
 
   Args:
-    path: the meta-path.
-    links: its relations.
+    step: of a path.
+    links: the graph's relations.
     sizes: nodes of each type.
   """
-  specs = []
-  for step in path.steps:
-    if step.relation < 0:
-      some, rows = links, sum(sizes.values())
-    else:
-      some = [links[step.relation]]
-      rows = sizes[some[0].target if step.direction == '<' else some[0].source]
-    edges = sum(link.edges for link in some) * (2 if step.direction == '-' else 1)
-    spec = {'ptr': jax.ShapeDtypeStruct((rows + 1,), np.int32),
-            'col': jax.ShapeDtypeStruct((edges,), np.int32)}
-    if any(link.weighted for link in some):
-      spec['cum'] = jax.ShapeDtypeStruct((edges,), np.uint32)
-    specs.append(spec)
-  return specs
+  if step.relation < 0:
+    some, rows = links, sum(sizes.values())
+  else:
+    some = [links[step.relation]]
+    rows = sizes[some[0].target if step.direction == '<' else some[0].source]
+  edges = sum(link.edges for link in some) * (2 if step.direction == '-' else 1)
+  spec = {'ptr': jax.ShapeDtypeStruct((rows + 1,), np.int32),
+          'col': jax.ShapeDtypeStruct((edges,), np.int32)}
+  if any(link.weighted for link in some):
+    spec['cum'] = jax.ShapeDtypeStruct((edges,), np.uint32)
+  return spec
 
 
 def visits(csrs: Sequence[Csr], starts: np.ndarray, route: Route, nodes: int) -> np.ndarray:

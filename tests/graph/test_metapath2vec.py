@@ -14,7 +14,7 @@ from core import step as step_lib
 from core.config import UserError
 from core.data import devices
 from core.plan import make_plan
-from graph import metapath2vec, network, tables, walks
+from graph import network, tables, trips, walks
 from tests.graph import tiny
 
 RATE = .05
@@ -174,15 +174,16 @@ def test_dead_ends_of_the_embedded_network():
   stopped, all_of = np.sum([one['dead_ends'] for one in metrics], axis=0)
   assert all_of == begun == 64
   # What is left of 790 walks at the last token.
-  left = [walks.visits(task.csrs, task.starts, dataclasses.replace(
-      task.route, positions=task.route.positions[:n]), len(task.graph)).sum() for n in (11, 12)]
+  trip, = task.trips
+  left = [walks.visits(trip.csrs, trip.starts, dataclasses.replace(
+      trip.route, positions=trip.route.positions[:n]), len(task.graph)).sum() for n in (11, 12)]
   share = 1 - (left[1] - left[0]) / 790
   assert .01 < share < .1
   assert abs(stopped - 64 * share) < 4 * np.sqrt(64 * share)
-  some = np.concatenate([walks.sample_host(np.random.default_rng(seed), task.starts, task.csrs,
-                                           task.route) for seed in range(4)])
+  some = np.concatenate([trip.sample_host(np.random.default_rng(seed), trip.starts)
+                         for seed in range(4)])
   last = some[np.arange(len(some)), (some >= 0).sum(1) - 1][some[:, -1] < 0]
-  published = np.diff(walks.csr(task.graph, task.route.path.steps[1]).ptr) > 0
+  published = np.diff(walks.csr(task.graph, trip.steps[1]).ptr) > 0
   papers = task.graph.nodes_of('paper')
   assert len(last) and not published[last - papers.start].any() and (~published).sum() == 24
   assert abs(len(last) / len(some) - share) < 4 * np.sqrt(share / len(some))
@@ -195,9 +196,9 @@ def test_an_epoch_is_a_walk_from_every_node_that_has_a_way():
   of = tiny.graph()
   task = tiny.task_of(of, model__metapath='user-[follows]->user')
   relation = next(r for r in of.relations if r.name == 'follows')
-  assert task.starts.tolist() == np.flatnonzero(np.diff(relation.ptr)).tolist()
-  assert 7 not in task.starts
-  source = metapath2vec.Blocks(np.arange(10, 23, dtype=np.int32), 4, 'starts')
+  assert task.trips[0].starts.tolist() == np.flatnonzero(np.diff(relation.ptr)).tolist()
+  assert 7 not in task.trips[0].starts
+  source = trips.Blocks([np.arange(10, 23, dtype=np.int32)], 4, 'starts')
   blocks = np.stack([source[i]['starts'] for i in range(len(source))])
   assert blocks.shape == (4, 4) and blocks.dtype == np.int32
   assert sorted(blocks[blocks >= 0]) == list(range(10, 23)) and (blocks < 0).sum() == 3
@@ -207,7 +208,7 @@ def test_an_epoch_is_a_walk_from_every_node_that_has_a_way():
       tables.Edges('ab', 'a', 'b', np.zeros(1, int), np.zeros(1, int)),
       tables.Edges('aa', 'a', 'a', np.zeros(1, int), np.ones(1, int))])),
                       model__metapath='b-a-[aa]->a', model__length=3)
-  assert task.starts.tolist() == [2]
+  assert task.trips[0].starts.tolist() == [2]
   np.testing.assert_array_equal(task.expected, [1, 1, 1])
 
 

@@ -76,9 +76,9 @@ def written(tmp_path_factory):
 def test_the_command_writes_walks_along_the_path(written, tmp_path, capsys):
   task = tiny.task_of()
   walks = [line.split(' ') for line in written.read_text().splitlines()]
-  assert len(walks) == 2 * len(task.starts) == 2 * 790
+  assert len(walks) == 2 * len(task.trips[0].starts) == 2 * 790
   starts = sorted(walk[0] for walk in walks)
-  assert starts == sorted(2 * task.graph.tokens[task.starts].tolist())
+  assert starts == sorted(2 * task.graph.tokens[task.trips[0].starts].tolist())
   relations = [{frozenset(pair) for pair in _edges(task.graph, r)} for r in task.graph.relations]
   for walk in walks:
     assert ''.join(token[0] for token in walk) == 'apvpapvpapvp'[:len(walk)]

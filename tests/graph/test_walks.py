@@ -171,7 +171,7 @@ def test_walks_are_the_same_on_one_device_and_on_eight():
 @pytest.mark.parametrize('text', dict.fromkeys(trip[0] for trip in TRIPS))
 def test_shapes_are_known_without_the_graph(text, weighted):
   of = trip(text, 2, (), weighted)
-  specs = walks.device_spec(of.path, of.links, tiny.SIZES)
+  specs = [walks.device_spec(step, of.links, tiny.SIZES) for step in of.path.steps]
   shapes = lambda trees: [{name: (x.shape, x.dtype) for name, x in one.items()} for one in trees]
   assert shapes(specs) == shapes(of.arrays)
   assert ('cum' in specs[0]) == weighted and of.arrays[0]['ptr'].dtype == np.int32
@@ -183,7 +183,7 @@ def test_shapes_are_known_without_the_graph(text, weighted):
 def test_more_edges_than_a_device_counts():
   col = np.broadcast_to(np.int32(0), 2 ** 31)
   with pytest.raises(UserError, match="2,147,483,648 edges, .* --config.data.sampler='host'"):
-    walks.device_arrays([walks.Csr(0, np.int64([0, len(col)]), col, None)])
+    walks.device_arrays(walks.Csr(0, np.int64([0, len(col)]), col, None))
 
 
 def test_undirected_steps_go_both_ways():

@@ -61,7 +61,7 @@ class Trip:
     self.route = walks.route(self.path, self.length, self.keep, self.links)
     self.csrs = [walks.csr(self.graph, step) for step in self.path.steps]
     self.firsts = [one.first for one in self.csrs]
-    self.arrays = walks.device_arrays(self.csrs)
+    self.arrays = [walks.device_arrays(one) for one in self.csrs]
     self.matrices = [matrix(self.graph, step) for step in self.path.steps]
     self.starts = np.arange(len(self.graph), dtype=np.int32)
     if self.path.types:
