@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import ml_collections

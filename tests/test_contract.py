@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import pathlib
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ import sys
 
 import chex
 import jax
-import numpy as np
 import pytest
 from flax import linen as nn
 

@@ -1,11 +1,9 @@
 import logging
-import pathlib
 import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from core import checkpoint

@@ -1,9 +1,8 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core import evaluate, task
+from core import evaluate
 from core.config import RunFailed
 from core.plan import make_plan
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, normalized_mutual_info_score
+from sklearn.metrics import f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
 from core.config import RunFailed, UserError

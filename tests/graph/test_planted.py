@@ -9,7 +9,7 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
-from graph import network, planted
+from graph import planted
 
 
 def names(graph, ids):
