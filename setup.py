@@ -35,6 +35,7 @@ setup(
         'scipy>=1.14,<2',
         'tensorboardX>=2.6.2,<3',
         'tensorflow-datasets>=4.9.10,<5',  # reads prepared data without TensorFlow
+        'threadpoolctl>=3.1,<4',       # fits of scikit-learn on one thread, see graph.evaluation
         'tqdm>=4.66,<5',
     ],
     extras_require={
@@ -54,7 +55,7 @@ setup(
         # For some tfds sets; never imported in training.
         'prepare': ['tensorflow>=2.18,<3', 'apache-beam>=2.60,<3', 'importlib_resources>=6,<8'],
         # torch first, so that pip takes this build and not the newest with its CUDA packages.
-        'parity': ['torch==2.13.0', 'transformers>=5.23.0,<6'],
+        'parity': ['torch==2.13.0', 'transformers>=5.23.0,<6', 'gensim>=4.4,<5'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

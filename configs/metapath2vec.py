@@ -28,7 +28,7 @@ DATASETS = {
     # The four areas of DBLP.
     'dblp': dict(name='dat:dblp', metapath='author-paper-venue-paper-author', walks=5,
                  types={'conference': 'venue', 'type': 'term'}),
-    'debian': dict(name='tsv:debian_graph', metapath='PMP,PTP',
+    'debian': dict(name='tsv:debian_graph', metapath='PMP,PTP,PP',
                    walks=2, shares=(.1, .5), repeats=3, clusterings=3, max_nodes=10_000),
     # Genres are what films are labelled with, so the relation that says them is left out.
     'films': dict(name='kg:ml-100k.kg', metapath='film-actor-film', walks=20,

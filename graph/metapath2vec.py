@@ -88,8 +88,8 @@ class Task(task.Task):
       # The number of rows is wanted before anything else, so the data is read here.
       network.prepare(self.config.data, self.workdir)
     graph = network.find(self.config.data, self.workdir)
-    sizes = {name: len(range(len(graph))[graph.nodes_of(name)]) for name in graph.types}
-    declared = dict(self.config.model.nodes)
+    sizes = tuple(zip(graph.types, np.diff(graph.offsets).tolist()))
+    declared = tuple(map(tuple, self.config.model.nodes))
     if declared and declared != sizes:
       raise UserError(f'config.model.nodes={declared}, but {self.config.data.name!r} has {sizes}; '
                       'without it the data is counted')
@@ -101,8 +101,7 @@ class Task(task.Task):
     declared = self.config.model.nodes
     if declared:
       return dict(declared)
-    return {name: len(range(len(self.graph))[self.graph.nodes_of(name)])
-            for name in self.graph.types}
+    return dict(zip(self.graph.types, np.diff(self.graph.offsets).tolist()))
 
   @property
   def nodes(self) -> int:

@@ -6,6 +6,7 @@ is -1, never a node made up.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+import tqdm
 
 from core.config import UserError
 from graph import network
@@ -244,7 +246,8 @@ def visits(csrs: Sequence[Csr], starts: np.ndarray, route: Route, nodes: int) ->
                                             shape=(len(degree), nodes)).T)
   here = np.bincount(starts, minlength=nodes).astype(np.float64)
   tokens, total = set(route.positions), np.zeros(nodes)
-  for position in range(route.positions[-1] + 1):
+  for position in tqdm.trange(route.positions[-1] + 1, desc='expected visits', unit='step', delay=5,
+                              mininterval=.5 if sys.stderr.isatty() else 30):
     if position:
       one = csrs[(position - 1) % len(csrs)]
       here = matrices[(position - 1) % len(csrs)] @ here[one.first:one.first + len(one.ptr) - 1]

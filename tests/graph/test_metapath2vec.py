@@ -237,9 +237,10 @@ def test_sizes_may_be_declared(metapath):
   arrays = counted.resident()
   assert {name: (x.shape, x.dtype) for name, x in arrays.items()} == {
       name: (x.shape, x.dtype) for name, x in declared.resident_spec().items()}
-  wrong = tiny.task_of(model__nodes=(*nodes[:2], ('venue', 21)), model__edges=edges)
-  with pytest.raises(UserError, match="'venue': 21}, but 'planted' has .*'venue': 20}"):
-    wrong.prepare()
+  # In another order ids would be others' ids.
+  for wrong in (*nodes[:2], ('venue', 21)), nodes[::-1]:
+    with pytest.raises(UserError, match=r"but 'planted' has .*\('venue', 20\)\)"):
+      tiny.task_of(model__nodes=wrong, model__edges=edges).prepare()
 
 
 @pytest.mark.parametrize('changes, words', [
