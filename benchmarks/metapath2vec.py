@@ -134,19 +134,19 @@ def leave(task, folder: pathlib.Path, walks_each: int) -> np.ndarray:
   """Leaves what word2vec_peers.Peers reads; gives the walks."""
   found = np.concatenate(list(walk_files.drawn(task, walks_each, 0)))
   np.save(folder / 'walks.npy', found, allow_pickle=False)
-  types = 'author', 'paper', 'venue'
+  types, trip = ('author', 'paper', 'venue'), task.trips[0]
   first = [task.graph.nodes_of(name).start for name in types]
   edges = [np.stack([np.repeat(np.arange(len(one.ptr) - 1), np.diff(one.ptr)), one.col - to])
-           for one, to in zip(task.trips[0].csrs, first[1:])]
+           for one, to in zip(trip.csrs, first[1:])]
   np.savez(folder / 'graph.npz', sizes=np.array([task.sizes[name] for name in types]),
-           author_paper=edges[0], paper_venue=edges[1], starts=task.trips[0].starts - np.int64(first[0]))
+           author_paper=edges[0], paper_venue=edges[1], starts=trip.starts - np.int64(first[0]))
   return found
 
 
 def make_turns(args: argparse.Namespace, task, folder: pathlib.Path) -> dict:
   """What is measured, (name, threads) -> what does so once."""
   cores, optim = sorted(os.sched_getaffinity(0)), task.config.optim
-  most, rng = len(cores), np.random.default_rng(0)
+  most, rng, trip = len(cores), np.random.default_rng(0), task.trips[0]
   settings = dict(vector_size=DIM, window=WINDOW, negative=NEGATIVES, alpha=optim.lr,
                   min_alpha=optim.schedule.end_lr)
   peer = args.peers, str(pathlib.Path(__file__).with_name('word2vec_peers.py')), str(folder)
@@ -157,9 +157,8 @@ def make_turns(args: argparse.Namespace, task, folder: pathlib.Path) -> dict:
   turns = {('walks: torch_geometric', most): lambda: pyg('pyg_walks', tokens=LENGTH),
            ("walks: the authors' way", 1): lambda: gensim('authors_walks', steps=400_000),
            ('walks: ours, host', 1): lambda: {
-               'seconds': seconds_of(
-                   lambda: task.trips[0].sample_host(rng, task.trips[0].starts)),
-               'steps': len(task.trips[0].starts) * (LENGTH - 1)}}
+               'seconds': seconds_of(lambda: trip.sample_host(rng, trip.starts)),
+               'steps': len(trip.starts) * (LENGTH - 1)}}
 
   def add(name, threads, ask, do, **what):
     turns[name, threads] = lambda: ask(do, **what)

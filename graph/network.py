@@ -13,10 +13,10 @@ A graph that is not embedded is made once, by `prepare`, and kept as `graph.npz`
 """
 
 import bisect
-import collections
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -141,21 +141,23 @@ class Graph:
     """Names without white space that tell the type, str `[nodes]`, all different.
 
     The type's first letter comes before the name, as in the authors' files, or 'type:' where two
-    types begin with the same letter. White space within becomes '_'.
-
-    Raises:
-      UserError: two nodes would have the same one.
+    types begin with the same letter. White space within becomes '_'. Of nodes that would then
+    have the same, the second one's ends with '_2', and so on.
     """
     letters = [type[0] for type in self.types]
     prefixes = letters if len(set(letters)) == len(letters) else [f'{t}:' for t in self.types]
     tokens = [re.sub(r'\s+', '_', prefix + name)
               for prefix, type in zip(prefixes, self.types)
               for name in self.names[self.nodes_of(type)].tolist()]
-    if len(set(tokens)) < len(tokens):
-      twice = next(t for t, count in collections.Counter(tokens).items() if count > 1)
-      a, b = [i for i, token in enumerate(tokens) if token == twice][:2]
-      raise UserError(f'the nodes {self._called(a)!r} and {self._called(b)!r} would both be '
-                      f'{twice!r} in files of vectors; rename one')
+    taken, seen = set(tokens), set()
+    if len(taken) < len(tokens):
+      for at, token in enumerate(tokens):
+        if token in seen:
+          number = next(n for n in itertools.count(2) if f'{token}_{n}' not in taken)
+          tokens[at] = f'{token}_{number}'
+          taken.add(tokens[at])
+          logging.info('%s is %s in files', self._called(at), tokens[at])
+        seen.add(token)
     return np.array(tokens, _STRING)
 
   def _called(self, id: int) -> str:

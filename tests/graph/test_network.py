@@ -191,8 +191,8 @@ def test_tokens():
   graph = named(author=['Jia  Wei Han', 'Li\u00a0\tX'], venue=['KDD', 'Jia Wei Han'])
   assert graph.tokens.tolist() == ['aJia_Wei_Han', 'aLi_X', 'vKDD', 'vJia_Wei_Han']
   assert named(paper=['x y'], package=['x y']).tokens.tolist() == ['paper:x_y', 'package:x_y']
-  with pytest.raises(UserError, match="'venue:x y' and 'venue:x_y' would both be 'vx_y'"):
-    named(author=['x y'], venue=['x y', 'x_y']).tokens
+  assert named(author=['x y'], venue=['x y', 'x_y_2', 'x_y', 'x  y']).tokens.tolist() == [
+      'ax_y', 'vx_y', 'vx_y_2', 'vx_y_3', 'vx_y_4']
 
 
 # --- find and prepare ----------------------------------------------------------------------------
