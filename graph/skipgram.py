@@ -182,11 +182,18 @@ class Objective:
       weights = self._dot('nij,njg->nig', pairs, jax.nn.one_hot(self.groups.of(ids), groups))
     elif self.kind == 'centre':
       weights = weights * jax.nn.one_hot(self.groups.of(centres), groups)
-    weights = jnp.repeat(weights * (self.negatives / self.per_group), self.per_group, axis=2)
+    each = weights * (self.negatives / self.per_group)
+    weights = jnp.repeat(each, self.per_group, axis=2)
     right = jax.nn.sigmoid(-self._dot('nid,sd->nis', x, u))
     error = weights * (1 - right)
+    # A logarithm costs as much as all else of a score, so up to four that weigh the same share one.
+    chances = jnp.maximum(right, 1e-9).reshape(*right.shape[:2], each.shape[2], self.per_group)
+    while chances.shape[-1] % 2 == 0 and chances.shape[-1] * 4 > self.per_group:
+      one, other = jnp.split(chances, 2, axis=-1)
+      chances = one * other
     rows = Rows(negatives, self._dot('nis,nid->sd', error, x), weights.sum((0, 1)))
-    return _Negative(-(weights * _log(right)).sum(), self._dot('nis,sd->nid', error, u), rows)
+    return _Negative(-(each * jnp.log(chances).sum(-1)).sum(), self._dot('nis,sd->nid', error, u),
+                     rows)
 
   def _own(self, output, walks, x, negatives, halo) -> '_Negative':
     """Every pair against its own negatives."""
