@@ -56,7 +56,16 @@ def test_specs_are_what_the_pipeline_gives(paper, smoke, prepared):
   assert plan.task.batch_spec(plan.config.batch_size) in plan.specs
 
 
-def test_loss_falls_when_one_batch_is_memorised(paper, smoke, prepared):
+def test_loss_falls_when_one_batch_is_memorised(smoke, prepared):
+  _memorise('vit', smoke, prepared)
+
+
+@pytest.mark.slow
+def test_so_does_every_paper_s_loss(paper, smoke, prepared):
+  _memorise(paper, smoke, prepared)
+
+
+def _memorise(paper, smoke, prepared) -> None:
   config = smoke(paper)
   config.steps = '40 steps'
   config.optim.lr = max(config.optim.lr, 3e-3)
