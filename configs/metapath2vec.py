@@ -132,7 +132,7 @@ def _planted(smoke: bool) -> ml_collections.ConfigDict:
 
 
 def _large(config: ml_collections.ConfigDict, data) -> None:
-  """Tables by rows over the slice; updates of hundreds of thousands of tokens."""
+  """Tables by rows over the slice; updates of a hundred thousand tokens."""
   config.model.update(dict(nodes=data['nodes'], edges=data['edges'], rows_multiple=1024,
                            walks_per_update=1024, piece=0, shared_negatives=8192))
   config.update(dict(batch_size=128, rules='fsdp'))

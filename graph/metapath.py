@@ -65,10 +65,6 @@ class MetaPath:
   def cyclic(self) -> bool:
     return not self.types or self.types[0] == self.types[-1]
 
-  def step(self, index: int) -> Step:
-    """The step from node `index` of a walk to the next."""
-    return self.steps[index % len(self.steps)]
-
   def type_at(self, index: int) -> str:
     """Type of node `index` of a walk; '' when any."""
     return self.types[index % len(self.steps)] if self.cyclic and self.types else (

@@ -98,10 +98,16 @@ def route(path: MetaPath, length: int, keep: Sequence[str], links: Sequence[Link
   """Raises `UserError` where the path has not so many tokens."""
   deepest = []
   for step in path.steps:
-    some = links if step.relation < 0 else [links[step.relation]]
-    edges = sum(link.edges for link in some) * (2 if step.direction == '-' else 1)
-    deepest.append(edges.bit_length() if any(link.weighted for link in some) else 0)
+    edges, weighted = _edges(step, links)
+    deepest.append(edges.bit_length() if weighted else 0)
   return Route(path, tuple(path.positions(length, keep)), tuple(deepest))
+
+
+def _edges(step: Step, links: Sequence[Link]) -> tuple[int, bool]:
+  """How many edges a step may take, and whether some weigh more than others."""
+  some = links if step.relation < 0 else [links[step.relation]]
+  count = sum(link.edges for link in some) * (2 if step.direction == '-' else 1)
+  return count, any(link.weighted for link in some)
 
 
 def _hop(xp, current, bits, arrays: Mapping[str, Any], first: int, deepest: int):
@@ -214,14 +220,14 @@ def device_spec(step: Step, links: Sequence[Link],
     sizes: nodes of each type.
   """
   if step.relation < 0:
-    some, rows = links, sum(sizes.values())
+    rows = sum(sizes.values())
   else:
-    some = [links[step.relation]]
-    rows = sizes[some[0].target if step.direction == '<' else some[0].source]
-  edges = sum(link.edges for link in some) * (2 if step.direction == '-' else 1)
+    link = links[step.relation]
+    rows = sizes[link.target if step.direction == '<' else link.source]
+  edges, weighted = _edges(step, links)
   spec = {'ptr': jax.ShapeDtypeStruct((rows + 1,), np.int32),
           'col': jax.ShapeDtypeStruct((edges,), np.int32)}
-  if any(link.weighted for link in some):
+  if weighted:
     spec['cum'] = jax.ShapeDtypeStruct((edges,), np.uint32)
   return spec
 

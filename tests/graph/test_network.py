@@ -281,7 +281,8 @@ def test_relations_as_a_config_gives_them_are_the_same(tmp_path):
   data = write(tmp_path)
   data.relations = (('r', 'x', 'y'),)
   network.prepare(data, tmp_path)
-  network.find(settings(data.name, relations=[['r', 'x', 'y']]), tmp_path)
+  found = network.find(settings(data.name, relations=[['r', 'x', 'y']]), tmp_path)
+  assert found.names.tolist() == network.load(tmp_path / 'graph.npz').names.tolist()
 
 
 @pytest.mark.parametrize('change', [
