@@ -34,6 +34,8 @@ class Window:
   def sums(self) -> dict[str, list[float]]:
     """Waits for the pending steps and returns name -> [sum, weight].
 
+    It is a copy: a checkpoint writes it in the background, while later steps are added here.
+
     Raises:
       RunFailed: a loss or gradient norm is not finite; names the step.
     """
@@ -45,7 +47,7 @@ class Window:
         entry[0] += float(total)
         entry[1] += float(weight)
     self._pending.clear()
-    return self._sums
+    return {name: list(entry) for name, entry in self._sums.items()}
 
   def flush(self) -> dict[str, float]:
     """Means of the window; the next one starts empty."""
