@@ -28,7 +28,7 @@ DATASETS = {
     # The four areas of DBLP.
     'dblp': dict(name='dat:dblp', metapath='author-paper-venue-paper-author', walks=5,
                  types={'conference': 'venue', 'type': 'term'}),
-    'debian': dict(name='tsv:debian_graph', metapath='PMP,PTP,PP',
+    'debian': dict(name='tsv:debian_graph', metapath='PMP,PTP,PP', shared_negatives=256,
                    walks=2, shares=(.1, .5), repeats=3, clusterings=3, max_nodes=10_000),
     # Genres are what films are labelled with, so the relation that says them is left out.
     'films': dict(name='kg:ml-100k.kg', metapath='film-actor-film', walks=20,
@@ -36,7 +36,7 @@ DATASETS = {
                              ('film.film.directed_by', 'film', 'director'),
                              ('film.film.written_by', 'film', 'writer')),
                   labels='class', min_degree={'actor': 2}),
-    'own': dict(name='tsv:', metapath='', walks=10),
+    'own': dict(name='tsv:', metapath='', shared_negatives=256, walks=10),
 }
 
 # Both tables, 2 x 128 numbers a node; 853 rows fill up to a multiple of 1,024.
@@ -61,8 +61,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if config.model.metapath != '*':
     config.model.metapath = data['metapath']
   config.steps = f'{data["walks"]} epochs'
-  for name in ('shares', 'repeats', 'clusterings', 'max_nodes'):
-    config.eval[name] = data.get(name, config.eval[name])
+  for group, names in ((config.eval, ('shares', 'repeats', 'clusterings', 'max_nodes')),
+                       (config.model, ('shared_negatives',))):
+    for name in names:
+      group[name] = data.get(name, group[name])
   if parts[0] == 'aminer':
     _large(config, data)
   return config
@@ -88,7 +90,8 @@ def _base() -> ml_collections.ConfigDict:
       sample=0.,                    # word2vec's subsampling of frequent nodes; 0 is off
       walks_per_update=4, piece=25,  # rows move after so many tokens of so many walks; piece=0 is
                                     # all of their tokens; more suit larger devices
-      shared_negatives=128,         # that an update shares; 0: every pair has its own
+      shared_negatives=128,         # that an update shares, more are slower and nearer to 0: every
+                                    # pair has its own
       row_cap=128.,                 # terms that move a row at once; 0 is off
       min_count=1,                  # nodes that occur less often have no embedding
       rows_multiple=1,              # rows are brought to a multiple, so that a mesh can split them
