@@ -90,8 +90,9 @@ def _base() -> ml_collections.ConfigDict:
       sample=0.,                    # word2vec's subsampling of frequent nodes; 0 is off
       walks_per_update=4, piece=25,  # rows move after so many tokens of so many walks; piece=0 is
                                     # all of their tokens; more suit larger devices
-      shared_negatives=128,         # that an update shares, more are slower and nearer to 0: every
-                                    # pair has its own
+      shared_negatives=128,         # that walks share, more are slower and nearer to 0: every pair
+                                    # has its own
+      walks_per_draw=0,             # that share them; 0: all of an update
       row_cap=128.,                 # terms that move a row at once; 0 is off
       min_count=1,                  # nodes that occur less often have no embedding
       rows_multiple=1,              # rows are brought to a multiple, so that a mesh can split them
@@ -137,7 +138,7 @@ def _planted(smoke: bool) -> ml_collections.ConfigDict:
 def _large(config: ml_collections.ConfigDict, data) -> None:
   """Tables by rows over the slice; updates of a hundred thousand tokens."""
   config.model.update(dict(nodes=data['nodes'], edges=data['edges'], rows_multiple=1024,
-                           walks_per_update=1024, piece=0, shared_negatives=8192))
+                           walks_per_update=1024, piece=0, walks_per_draw=1))
   config.update(dict(batch_size=128, rules='fsdp'))
   config.data.examples = -(-dict(data['nodes'])['author'] // config.data.block)
   config.eval.max_nodes = 20_000

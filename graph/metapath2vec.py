@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from flax import linen as nn
 
 from core import partition, step, task
@@ -65,13 +66,17 @@ class Task(task.Task):
           raise UserError(f'config.{key}.{name}={group[name]}; it must be at least 1')
     if model.length < 2:
       raise UserError(f'config.model.length={model.length}; a walk has at least 2 tokens')
-    for name in ('shared_negatives', 'row_cap', 'sample', 'power', 'piece'):
+    for name in ('shared_negatives', 'walks_per_draw', 'row_cap', 'sample', 'power', 'piece'):
       if model[name] < 0:
         raise UserError(f'config.model.{name}={model[name]}; it must not be negative')
     if (config.batch_size * data.block) % model.walks_per_update:
       raise UserError(
           f'config.batch_size={config.batch_size} blocks of config.data.block={data.block} walks '
           f'do not divide into updates of config.model.walks_per_update={model.walks_per_update}')
+    if model.walks_per_draw and model.walks_per_update % model.walks_per_draw:
+      raise UserError(
+          f'config.model.walks_per_update={model.walks_per_update} walks do not divide into sets '
+          f'of config.model.walks_per_draw={model.walks_per_draw} that share negatives')
     plain = (optim.name == 'sgd' and not optim.args.get('momentum', .9) and not optim.clip_norm
              and not optim.weight_decay and not optim.lr_multipliers and not optim.freeze)
     if not plain or config.accum != 1 or config.ema:
@@ -234,6 +239,15 @@ class Task(task.Task):
     if 0 < model.shared_negatives < groups:
       raise UserError(f'config.model.shared_negatives={model.shared_negatives}: there are {groups} '
                       'groups to draw some of each from; 0 draws for every pair')
+    tokens = (model.walks_per_draw or model.walks_per_update) * (model.piece or model.length)
+    terms = tokens * 2 * model.window * model.negatives / (model.shared_negatives or np.inf)
+    if 0 < model.row_cap < terms:
+      # On DBLP NMI falls from .78 to .16 where these are 437 and 128.
+      logging.warning(
+          'a shared negative stands for %.0f terms of the loss, but config.model.row_cap=%g moves '
+          'its row as if for %g: nodes are pushed apart less than they are pulled together, which '
+          'costs quality; take more shared_negatives or fewer walks_per_draw', terms, model.row_cap,
+          model.row_cap)
     return skipgram.Objective(model.window, model.negatives, model.negatives_from, self._groups,
                               model.shared_negatives, np.dtype(self.config.precision))
 
@@ -254,7 +268,7 @@ class Task(task.Task):
     found = self.walks(key, batch)
     tables = batch['accept'], batch['alias']
     if self.objective.shared:
-      drawn = self.objective.draw_shared(negative, 1, *tables)[0]
+      drawn = self.objective.draw_shared(negative, (1,), *tables)
     else:
       drawn = self.objective.draw_own(negative, found, *tables)
     loss, pairs = self.objective.loss(params, found, drawn)
@@ -277,7 +291,8 @@ class Task(task.Task):
     length, opt_state = optimizer.update(jnp.ones(()), state.opt_state)
     noise = batch['accept'], batch['alias']
     # What is small is drawn at once; negatives for every pair are not small.
-    draws = (objective.draw_shared(negative, len(some), *noise) if objective.shared
+    sets = model.walks_per_update // (model.walks_per_draw or model.walks_per_update)
+    draws = (objective.draw_shared(negative, (len(some), sets), *noise) if objective.shared
              else jax.random.split(negative, len(some)))
 
     def once(carry, x):

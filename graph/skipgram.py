@@ -91,7 +91,7 @@ class Objective:
     negatives: M, terms a pair.
     kind: one of `NEGATIVES`.
     groups: see `Groups`.
-    shared: negatives that the walks of an update share, of all groups together; each counts as
+    shared: negatives that some walks of an update share, of all groups together; each counts as
       often as it must for M a pair. 0: every pair draws its own M, as the paper has it.
     dtype: of the operands of matrix products; they are summed in float32.
   """
@@ -106,11 +106,12 @@ class Objective:
   def per_group(self) -> int:
     return self.shared // len(self.groups.first)
 
-  def draw_shared(self, key: jax.Array, updates: int, accept: jax.Array,
+  def draw_shared(self, key: jax.Array, shape: tuple[int, ...], accept: jax.Array,
                   alias: jax.Array) -> jax.Array:
-    """Negatives for some updates: int32 `[updates, groups, shared / groups]`."""
+    """Negatives for as many sets of walks as `shape` says: int32 `[*shape, groups, shared /
+    groups]`."""
     groups = len(self.groups.first)
-    which = jnp.broadcast_to(jnp.arange(groups)[:, None], (updates, groups, self.per_group))
+    which = jnp.broadcast_to(jnp.arange(groups)[:, None], (*shape, groups, self.per_group))
     return draw(key, which, self.groups, accept, alias)
 
   def draw_own(self, key: jax.Array, walks: jax.Array, accept: jax.Array, alias: jax.Array,
@@ -142,7 +143,8 @@ class Objective:
     Args:
       tables: `input` and `output`, float32 `[rows, dim]`.
       walks: int32 `[walks, tokens]`, -1 where there is none.
-      negatives: of one update, from `draw_shared` or `draw_own`.
+      negatives: of one update, from `draw_own`; or from `draw_shared` for `(sets,)`, which then
+        are of as many walks each.
       halo: of a piece, how many tokens at both ends are contexts alone and no centres.
 
     Returns:
@@ -174,26 +176,28 @@ class Objective:
     return rows_in, rows_out, loss + more.loss, count.sum()
 
   def _shared(self, output, ids, centres, x, pairs, negatives) -> '_Negative':
-    """Every centre against the same negatives, each weighed for the pairs that it stands for."""
-    u = self._rows(output, negatives.reshape(-1))
-    groups = len(self.groups.first)
+    """Every centre of a set of walks against the same negatives, each weighed for the pairs that it
+    stands for."""
+    sets, groups = negatives.shape[:2]
+    together = lambda a: a.reshape(sets, -1, a.shape[-1])  # The centres of a set.
+    u = self._rows(output, negatives.reshape(sets, -1))
     weights = pairs.sum(2, keepdims=True)
     if self.kind == 'context':
       weights = self._dot('nij,njg->nig', pairs, jax.nn.one_hot(self.groups.of(ids), groups))
     elif self.kind == 'centre':
       weights = weights * jax.nn.one_hot(self.groups.of(centres), groups)
-    each = weights * (self.negatives / self.per_group)
+    each = together(weights * (self.negatives / self.per_group))
     weights = jnp.repeat(each, self.per_group, axis=2)
-    right = jax.nn.sigmoid(-self._dot('nid,sd->nis', x, u))
+    right = jax.nn.sigmoid(-self._dot('nid,nsd->nis', together(x), u))
     error = weights * (1 - right)
     # Logarithms were a tenth of a step on a CPU: up to four scores that weigh the same share one.
     chances = jnp.maximum(right, 1e-9).reshape(*right.shape[:2], each.shape[2], self.per_group)
     while chances.shape[-1] % 2 == 0 and chances.shape[-1] * 4 > self.per_group:
       one, other = jnp.split(chances, 2, axis=-1)
       chances = one * other
-    rows = Rows(negatives, self._dot('nis,nid->sd', error, x), weights.sum((0, 1)))
-    return _Negative(-(each * jnp.log(chances).sum(-1)).sum(), self._dot('nis,sd->nid', error, u),
-                     rows)
+    rows = Rows(negatives, self._dot('nis,nid->nsd', error, together(x)), weights.sum(1))
+    return _Negative(-(each * jnp.log(chances).sum(-1)).sum(),
+                     self._dot('nis,nsd->nid', error, u).reshape(x.shape), rows)
 
   def _own(self, output, walks, x, negatives, halo) -> '_Negative':
     """Every pair against its own negatives."""

@@ -18,7 +18,7 @@ def test_no_chip_has_a_table_or_the_gradient_of_one(tmp_path):
   done = subprocess.run(
       [sys.executable, '-m', 'main', '--config=configs/metapath2vec.py:aminer', '--mode=compile',
        '--topology=v5e:2x2', f'--workdir={tmp_path}', '--config.model.walks_per_update=64',
-       '--config.model.shared_negatives=256', '--config.model.length=16',
+       '--config.model.shared_negatives=16', '--config.model.length=16',
        '--config.batch_size=4'], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   report = json.loads((tmp_path / 'compile.json').read_text())
@@ -29,6 +29,6 @@ def test_no_chip_has_a_table_or_the_gradient_of_one(tmp_path):
   expected = (2 * table + rows * 4 / 2 ** 30) / 4 + graph * 4 / 2 ** 30
   assert memory['arguments'] == pytest.approx(expected, rel=.02)
   assert memory['temporaries'] < table / 10
-  # What travels is rows of an update (1,024 tokens and 256 negatives, twice), never a table.
+  # What travels is rows of an update (1,024 tokens and as many negatives, twice), never a table.
   sent = sum(found['bytes'] for found in report['collectives'].values())
   assert 0 < sent < 2 ** 30 * table / 10

@@ -28,6 +28,7 @@ RATE = .05
     (dict(model__negatives_from='context', model__shared_negatives=6, model__walks_per_update=2,
           model__sample=.05), 4),
     (dict(model__piece=5, model__walks_per_update=4), 2),
+    (dict(model__piece=5, model__walks_per_update=4, model__walks_per_draw=2), 2),
     (dict(model__piece=5, model__shared_negatives=0), 1)])
 def test_a_step_is_the_dense_gradient_of_one_update_after_the_other(changes, updates):
   of = tiny.graph(weighted=True)
@@ -59,7 +60,9 @@ def test_a_step_is_the_dense_gradient_of_one_update_after_the_other(changes, upd
       parts = [wide[at::updates, begin:begin + piece + 2 * halo]
                for at in range(updates) for begin in (0, 5, 10)]
     if objective.shared:
-      draws = objective.draw_shared(negative, len(parts), *noise)
+      model = task.config.model
+      sets = model.walks_per_update // model.walks_per_draw if model.walks_per_draw else 1
+      draws = objective.draw_shared(negative, (len(parts), sets), *noise)
     else:
       keys = jax.random.split(negative, len(parts))
     dense = {name: params[name] for name in ('input', 'output')}
@@ -94,7 +97,7 @@ def test_a_step_is_the_dense_gradient_of_one_update_after_the_other(changes, upd
 def plan_of(places=1, rules='dp', **changes):
   sizes = dict(zip(('data', 'fsdp', 'tensor'), {'dp': (0, 0, 0), 'fsdp': (2, 4, 0),
                                                 'tp': (2, 0, 4)}[rules]))
-  config = tiny.config_of(rules=rules, model__rows_multiple=8, **changes)
+  config = tiny.config_of(rules=rules, model__rows_multiple=8, model__walks_per_draw=1, **changes)
   config.mesh.update(sizes)
   return make_plan(config, jax.devices()[:places])
 
@@ -256,6 +259,8 @@ def test_sizes_may_be_declared(metapath):
     (dict(data__block=0), 'data.block=0; it must be at least 1'),
     (dict(model__length=1), 'model.length=1; a walk has at least 2 tokens'),
     (dict(model__shared_negatives=-1), 'shared_negatives=-1; it must not be negative'),
+    (dict(model__walks_per_draw=-1), 'walks_per_draw=-1; it must not be negative'),
+    (dict(model__walks_per_draw=3), 'walks_per_update=2 walks do not divide into sets of .*=3'),
     (dict(model__row_cap=-1.), 'row_cap=-1.0; it must not be negative'),
     (dict(model__sample=-.1), 'sample=-0.1; it must not be negative'),
     (dict(model__power=-1.), 'power=-1.0; it must not be negative'),
@@ -270,6 +275,16 @@ def test_bad_configs(changes, words):
   with pytest.raises(UserError, match=words) as error:
     tiny.task_of(**changes)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('changes, warns', [
+    (dict(), False), (dict(model__row_cap=7.), True), (dict(model__row_cap=8.), False),
+    (dict(model__row_cap=7., model__walks_per_draw=1), False),
+    (dict(model__row_cap=7., model__shared_negatives=0), False), (dict(model__row_cap=0.), False)])
+def test_a_negative_that_stands_for_more_than_its_row_may_move_is_told(changes, warns, caplog):
+  # Of 2 walks 6 tokens each, 6 contexts, 5 negatives, over 48: 7.5 terms.
+  tiny.task_of(**changes).objective  # pylint: disable=expression-not-assigned
+  assert ('stands for 8 terms' in caplog.text) == warns
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -31,12 +31,12 @@ def noise(groups):
 
 
 @functools.cache
-def drawn(kind, shared):
+def drawn(kind, shared, sets=1):
   of = objective(kind, shared)
 
   @jax.jit
   def draw(key, *tables):
-    return of.draw_shared(key, 1, *tables)[0] if shared else of.draw_own(key, WALKS, *tables)
+    return of.draw_shared(key, (sets,), *tables) if shared else of.draw_own(key, WALKS, *tables)
   return np.asarray(draw(jax.random.key(3), *noise(of.groups)))
 
 
@@ -68,7 +68,8 @@ def by_pairs(kind, shared, tables, walks, negatives):
           some = [(c, 1., 1.)]
           if shared:
             of = {'all': 0, 'context': type_of(c), 'centre': type_of(v)}[kind]
-            some += [(u, 0., NEGATIVES / len(negatives[of])) for u in negatives[of]]
+            own = negatives[row * len(negatives) // len(walks)][of]  # Of this walk's set.
+            some += [(u, 0., NEGATIVES / len(own)) for u in own]
           else:
             some += [(u, 0., 1.) for u in negatives[row, i, slot]
                      if kind != 'all' or u != c]
@@ -91,10 +92,10 @@ def summed(rows):
   return gradients, terms
 
 
-@pytest.mark.parametrize('shared', [0, 11])
+@pytest.mark.parametrize('shared, sets', [(0, 1), (11, 1), (11, 3)])
 @pytest.mark.parametrize('kind', skipgram.NEGATIVES)
-def test_gradients(kind, shared):
-  of, negatives = objective(kind, shared), drawn(kind, shared)
+def test_gradients(kind, shared, sets):
+  of, negatives = objective(kind, shared), drawn(kind, shared, sets)
   if not shared and kind == 'all':
     assert (negatives == np.asarray(of._contexts(jnp.asarray(WALKS)))[..., None]).any()
   want, terms, loss, pairs = by_pairs(kind, shared, params(), WALKS, negatives)
@@ -189,12 +190,12 @@ def test_every_negative_is_of_the_type_that_it_should_be(kind):
 def test_shared_negatives_are_of_every_group_and_weigh_for_the_pairs_of_it():
   of = objective('context', 6)
   negatives = np.asarray(jax.jit(of.draw_shared, static_argnums=1)(
-      jax.random.key(0), 50, *noise(TYPES)))
+      jax.random.key(0), (50,), *noise(TYPES)))
   assert negatives.shape == (50, 2, 3) and negatives.dtype == np.int32
   assert (negatives[:, 0] < 5).all() and (negatives[:, 1] >= 5).all() and negatives.max() < 9
   assert len(np.unique(negatives, axis=0)) > 10
   # Contexts of 0 are of the second type alone, and those of 5 of the first.
-  walk, some = np.int32([[0, 5]]), np.int32([[1, 2, 3], [6, 7, 8]])
+  walk, some = np.int32([[0, 5]]), np.int32([[[1, 2, 3], [6, 7, 8]]])
   _, rows, _, _ = jax.jit(of.gradients)(params(), walk, some)
   gradients, terms = summed(rows)
   np.testing.assert_allclose(terms[[1, 2, 3, 6, 7, 8]], NEGATIVES / 3)
