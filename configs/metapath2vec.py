@@ -61,10 +61,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if config.model.metapath != '*':
     config.model.metapath = data['metapath']
   config.steps = f'{data["walks"]} epochs'
-  for group, names in ((config.eval, ('shares', 'repeats', 'clusterings', 'max_nodes')),
-                       (config.model, ('shared_negatives',))):
-    for name in names:
-      group[name] = data.get(name, group[name])
+  config.model.shared_negatives = data.get('shared_negatives', config.model.shared_negatives)
+  for name in ('shares', 'repeats', 'clusterings', 'max_nodes'):
+    config.eval[name] = data.get(name, config.eval[name])
   if parts[0] == 'aminer':
     _large(config, data)
   return config
