@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -212,6 +213,22 @@ def test_the_step_compiles_once_in_a_run(short, tmp_path, monkeypatch):
   short.steps = '7 steps'
   train.train(short, tmp_path)
   assert plans[0].train_step._cache_size() == 1
+
+
+def test_fake_devices_take_one_step_at_a_time(short, tmp_path, monkeypatch):
+  idle = []
+
+  def plan_of(config, **kwargs):
+    plan = make_plan(config, **kwargs)
+
+    def watched(state, batch):
+      idle.append(all(leaf.is_ready() for leaf in jax.tree.leaves(state)))
+      return plan.train_step(state, batch)
+    return dataclasses.replace(plan, train_step=watched)
+  monkeypatch.setattr(train, 'make_plan', plan_of)
+  short.steps = '12 steps'
+  train.train(short, tmp_path)
+  assert len(idle) == 12 and all(idle[2:])
 
 
 def test_the_window_sums_in_any_number_of_pieces():
