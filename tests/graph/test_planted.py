@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import time
 
 import numpy as np
 import pytest
@@ -27,9 +26,6 @@ def test_it_is_the_same_everywhere():
   text = '\n'.join('|'.join(names(graph, pair)) for r in graph.relations for pair in edges(r))
   assert hashlib.sha256(text.encode()).hexdigest() == (
       '3a1eeb0e31611f77b9abe0e1346ab843c6484e774eced971ede794e99c2203c9')
-  start = time.perf_counter()
-  planted.graph.__wrapped__()
-  assert time.perf_counter() - start < 1
   assert planted.graph() is graph
 
 
