@@ -86,6 +86,7 @@ def test_predict_an_image_and_a_folder(trained, tmp_path):
   assert 'c.png' in one_line(err)
 
 
+@pytest.mark.slow
 def test_profile_window(tmp_path):
   """In a process of its own: the profiler cannot start where a TPU's compiler was loaded."""
   run(SMOKE, f'--workdir={tmp_path}', '--config.profile.first=2', '--config.profile.steps=2',
@@ -133,9 +134,10 @@ def test_inspect_and_prepare(tmp_path):
     ((SMOKE, '--workdir=W', 'train'), "unexpected argument 'train'"),
     ((SMOKE, '--workdir=W', '--config.task=vit_family.clasification'),
      'vit_family.classification'),
-    ((SMOKE, '--workdir=W', '--config.rules=ddp'), 'dp, fsdp, tp, fsdp_tp'),
-    ((SMOKE, '--workdir=W', '--config.optim.name=adan'), 'adamw'),
-    ((SMOKE, '--workdir=W', '--config.model.variant=XL'), 'Ti, S, B, L, H'),
+    *(pytest.param((SMOKE, '--workdir=W', flag), names, marks=pytest.mark.slow)
+      for flag, names in (('--config.rules=ddp', 'dp, fsdp, tp, fsdp_tp'),
+                          ('--config.optim.name=adan', 'adamw'),
+                          ('--config.model.variant=XL', 'Ti, S, B, L, H'))),
     ((SMOKE, '--workdir=W', '--config.steps=soon'), 'config.steps'),
     ((SMOKE, '--workdir=W', '--config.data.name=cifar10', '--config.data.data_dir=/nowhere'),
      'tfds build'),

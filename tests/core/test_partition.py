@@ -74,8 +74,9 @@ def _run(config, devices, steps=5):
 
 
 @pytest.mark.parametrize('rules, mesh', [
-    ('dp', {}), ('fsdp', {}), ('tp', {'tensor': 2, 'data': 4}), ('fsdp_tp', {}),
-    ('fsdp', {'data': 2})])
+    pytest.param('dp', {}, marks=pytest.mark.slow), ('fsdp', {}),
+    ('tp', {'tensor': 2, 'data': 4}), ('fsdp_tp', {}),
+    pytest.param('fsdp', {'data': 2}, marks=pytest.mark.slow)])
 def test_every_preset_gives_the_loss_curve_of_one_device(smoke, rules, mesh):
   def config():
     config = smoke()

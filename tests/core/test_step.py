@@ -111,8 +111,9 @@ def test_dropout_is_a_function_of_seed_and_step(smoke):
   assert np.abs(head(5) - head(6)).max() > 0
 
 
-@pytest.mark.parametrize('precision, remat', [('bfloat16', 'none'), ('float32', 'full'),
-                                              ('float32', 'dots'), ('bfloat16', 'dots')])
+@pytest.mark.parametrize('precision, remat', [
+    ('bfloat16', 'none'), ('float32', 'full'), ('float32', 'dots'),
+    pytest.param('bfloat16', 'dots', marks=pytest.mark.slow)])
 def test_precision_and_remat_keep_the_result(smoke, precision, remat):
   def loss(precision, remat):
     config = smoke()

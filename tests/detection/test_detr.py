@@ -48,8 +48,8 @@ def _one(devices=1):
   return jax.devices()[:devices]
 
 
-@pytest.mark.parametrize('objects', [
-    (5, 0, 1, 2, 4, 0, 3, 1), pytest.param((0,) * 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('objects', [(5, 0, 1, 2, 4, 0, 3, 1), (0,) * 8])
 def test_microbatches_share_what_losses_are_divided_by(objects):
   """Reference: one batch. Microbatches 0, 2, 4, 6 and 1, 3, 5, 7 have 13 and 3 objects."""
   updated = []

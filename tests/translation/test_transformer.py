@@ -170,8 +170,9 @@ def test_nothing_leaks_between_packed_pairs_or_from_the_future():
 # --- Generation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('changes', [dict(scan=True), dict(norm='pre', positions='learned',
-                                                           max_length=9, head_dim=3, value_dim=5)])
+@pytest.mark.parametrize('changes', [
+    dict(scan=True), pytest.param(dict(norm='pre', positions='learned', max_length=9, head_dim=3,
+                                       value_dim=5), marks=pytest.mark.slow)])
 def test_a_token_at_a_time_is_the_whole_pass(changes):
   """With beams side by side, keys and values of the source computed once."""
   model, params = make(**changes)
