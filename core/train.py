@@ -86,7 +86,7 @@ class _Loop:
     self.profile = _Profile(config.profile, workdir)
     # Fake devices of one CPU share its threads. With steps queued up they may wait for each other
     # in a collective for good, whatever they compute; one step at a time they do not.
-    self._queue = plan.layout.platform != 'cpu' or jax.local_device_count() == 1
+    self._may_queue = plan.layout.platform != 'cpu' or jax.local_device_count() == 1
 
   def run(self) -> None:
     plan = self.plan
@@ -114,7 +114,7 @@ class _Loop:
           self._examples += len(batch['mask'])
           state, step_metrics = plan.train_step(state, batch)
           running = step_metrics['loss'][0]
-          if not self._queue:
+          if not self._may_queue:
             jax.block_until_ready(state)
           if step == start + 1:
             jax.block_until_ready(state)
